@@ -1,0 +1,47 @@
+# Two commands for people: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := demo
+export PYTHONSAFEPATH := 1
+
+.PHONY: help demo test check install golden clean
+
+help:
+	@echo "make demo    set up, then text -> tokenizer -> shards -> pretraining on 2 ranks -> sample -> report"
+	@echo "make test    set up, then the whole test suite"
+	@echo "make check   ruff, formatting, mypy, import-linter"
+	@echo "make clean   remove .venv and what the demo made"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt .ci/install
+	bash .ci/install $(PYTHON) $(VENV)
+	@touch $@
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/python -m drivetrain.launch.demo $(DEMO)/text/stdlib.jsonl
+	$(BIN)/drivetrain tokenizer train $(DEMO)/text/stdlib.jsonl --vocab-size 2048 --out $(DEMO)/tokenizer
+	$(BIN)/drivetrain data build $(DEMO)/text/stdlib.jsonl --tokenizer $(DEMO)/tokenizer \
+	    --out $(DEMO)/shards --held-out 0.05 --licence PSF-2.0
+	$(BIN)/drivetrain launch experiment=demo data.path=$(DEMO)/shards run_dir=$(DEMO)/run
+	@echo; echo "A sample:"; echo
+	$(BIN)/drivetrain generate $(DEMO)/run --prompt "def read_" --max-tokens 96 --temperature 0.7
+	@echo; echo "The report:"
+	@$(BIN)/drivetrain report $(DEMO)/run
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/types.py
+	$(BIN)/lint-imports
+
+golden: install
+	$(BIN)/python -m pytest tests/conf --update-golden
+
+clean:
+	rm -rf $(VENV) $(DEMO) .types .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,85 @@
+"""The range of every number that a run has."""
+
+import math
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """An interval of finite numbers."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int) and not (isinstance(value, float) and math.isfinite(value)):
+            return False
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        above = f"above {self.low}" if self.low_open else f"at least {self.low}"
+        if self.high == math.inf:
+            return above
+        if self.low_open or self.high_open:
+            return f"{above} and {'below' if self.high_open else 'at most'} {self.high}"
+        return f"between {self.low} and {self.high}"
+
+
+COUNT, ZERO_OR_MORE, ABOVE_ZERO = Range(1), Range(0), Range(0, low_open=True)
+SHARE, DECAY = Range(0, 1), Range(0, 1, high_open=True)
+
+# Every number of the schema; a test compares.
+RANGES = {
+    "cluster.port": Range(1, 65535),
+    "seed": Range(0, 2**63 - 1),
+    "model.vocab_size": COUNT,
+    "model.dim": COUNT,
+    "model.layers": COUNT,
+    "model.heads": COUNT,
+    "model.kv_heads": COUNT,
+    "model.head_dim": COUNT,
+    "model.ffn_dim": COUNT,
+    "model.max_seq_len": COUNT,
+    "model.rope_theta": ABOVE_ZERO,
+    "model.rope_scaling.factor": COUNT,
+    "model.rope_scaling.low_freq_factor": ABOVE_ZERO,
+    "model.rope_scaling.high_freq_factor": ABOVE_ZERO,
+    "model.rope_scaling.original_max_seq_len": COUNT,
+    "model.norm_eps": ABOVE_ZERO,
+    "model.sliding_window": COUNT,
+    "model.init_std": ABOVE_ZERO,
+    "stage.steps": COUNT,
+    "stage.seq_len": COUNT,
+    "stage.tokens_per_step": COUNT,
+    "stage.eval_every": ZERO_OR_MORE,
+    "stage.eval_tokens": COUNT,
+    "stage.save_every": ZERO_OR_MORE,
+    "stage.log_every": COUNT,
+    "stage.sample_tokens": COUNT,
+    "stage.z_loss": ZERO_OR_MORE,
+    "engine.replicas": COUNT,
+    "engine.zero_stage": Range(0, 3),
+    "data.prefetch": ZERO_OR_MORE,
+    "optim.lr": ABOVE_ZERO,
+    "optim.warmup_steps": ZERO_OR_MORE,
+    "optim.min_lr_ratio": SHARE,
+    "optim.decay_ratio": Range(0, 1, low_open=True),
+    "optim.weight_decay": ZERO_OR_MORE,
+    "optim.beta1": DECAY,
+    "optim.beta2": DECAY,
+    "optim.eps": ABOVE_ZERO,
+    "optim.grad_clip": ZERO_OR_MORE,
+    "optim.matrix_lr": ABOVE_ZERO,
+    "optim.momentum": DECAY,
+    "optim.ns_steps": COUNT,
+    "cluster.nodes": COUNT,
+    "cluster.nproc": COUNT,
+    "cluster.omp_threads": ZERO_OR_MORE,
+    "checkpoint.keep_last": COUNT,
+    "checkpoint.keep_every": ZERO_OR_MORE,
+    "alarms.spike_factor": Range(1, low_open=True),
+    "alarms.window": COUNT,
+    "alarms.max_skipped": ZERO_OR_MORE,
+}

@@ -1,0 +1,168 @@
+"""Tokenise batches of documents in several processes, in order."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer
+
+from drivetrain.conf.errors import DrivetrainError
+from drivetrain.data.shards import DTYPES
+from drivetrain.data.tokenizer import load_text_tokenizer
+
+BATCH_BYTES = 1 << 19  # of text that one task tokenises
+BATCH_DOCUMENTS = 2048
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A batch's tokens, one document after another, and each document's tokens, split and UTF-8 bytes."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    held_out: np.ndarray
+    text_bytes: np.ndarray
+
+
+@dataclass(slots=True, frozen=True)
+class Task:
+    """What a worker needs to know; held_out is the share of documents."""
+
+    tokenizer: Path
+    dtype: str
+    eos_id: int
+    held_out: float
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of about BATCH_BYTES."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, task: Task) -> Encoded:
+    """Tokenise a batch; every document ends with the end-of-text token."""
+    rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    raw = [text.encode("utf-8") for text in texts]
+    lengths = np.fromiter((len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
+    tokens = np.empty(int(lengths.sum()), dtype=DTYPES[task.dtype])
+    start = 0
+    for row in rows:
+        tokens[start : start + len(row)] = row
+        tokens[start + len(row)] = task.eos_id
+        start += len(row) + 1
+    threshold = int(task.held_out * 2**64)
+    held_out = np.array([xxhash.xxh3_64_intdigest(text) < threshold for text in raw], dtype=bool)
+    return Encoded(tokens, lengths, held_out, np.array([len(text) for text in raw], dtype=np.int64))
+
+
+def _work(connection: Connection, task: Task) -> None:
+    """A worker process: batches in, encoded batches out."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    tokenizer = load_text_tokenizer(task.tokenizer)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent closed its end, or died
+        while True:
+            connection.send(encode(connection.recv(), tokenizer, task))
+
+
+class _Workers:
+    """Processes with a pipe each, and a thread for each that waits for its answers.
+
+    The standard library's pools share queues and locks between their processes, and can hang when these are
+    killed; here killing one ends its pipe, which its thread sees.
+    """
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.count = count
+        self._task = task
+        self._context = multiprocessing.get_context("spawn")  # a fork copies locks that threads hold
+        self._threads = ThreadPoolExecutor(count)
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+        self._free: SimpleQueue[Connection] = SimpleQueue()
+        resource_tracker.ensure_running()  # or the first start would do it, and unblock SIGINT on the way
+
+    def submit(self, texts: list[str]) -> Future[Encoded]:
+        if len(self._processes) < self.count:
+            self._start()
+        return self._threads.submit(self._ask, texts)
+
+    def _start(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._task), daemon=True)
+        # The process inherits the mask: Ctrl-C is the parent's to answer, which sees it after the block.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+            self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._connections.append(ours)
+        self._free.put(ours)
+
+    def _ask(self, texts: list[str]) -> Encoded:
+        connection = self._free.get()
+        try:
+            connection.send(texts)
+            return connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise DrivetrainError(
+                "a tokenising process died; if nothing above says why, memory ran out: use fewer --workers "
+                "or split the largest documents"
+            ) from error
+        finally:
+            self._free.put(connection)
+
+    def close(self, kill: bool) -> None:
+        if kill:
+            for process in self._processes:
+                process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join()
+
+
+def encode_all(batches: Iterable[list[str]], task: Task, count: int) -> Generator[Encoded, None, None]:
+    """Tokenise batches in `count` processes and give the results in the order of the batches.
+
+    Processes start as batches come, and end with the generator: at once when it is closed or fails.
+
+    Raises:
+        DrivetrainError: a process died.
+    """
+    workers = _Workers(task, count)
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches:
+            pending.append(workers.submit(batch))
+            if len(pending) > 2 * count:  # bounds memory, and keeps a batch ready for each worker
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BaseException:
+        workers.close(kill=True)
+        raise
+    workers.close(kill=False)

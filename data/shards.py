@@ -1,0 +1,364 @@
+"""The on-disk format: Megatron's `.bin` + `.idx` pairs beside a `manifest.json`.
+
+`NAME.bin` holds the tokens of all documents, one after another, little-endian uint16 or int32. `NAME.idx` is
+Megatron's index (megatron/core/datasets/indexed_dataset.py), little-endian and without padding:
+
+    9 bytes   magic "MMIDIDX\\0\\0"
+    u64       version, 1
+    u8        dtype code: 8 uint16, 4 int32
+    u64       n, the number of sequences; here a sequence is a document
+    u64       n + 1, the length of the last array
+    int32     lengths[n], tokens
+    int64     pointers[n], bytes into NAME.bin where each document starts
+    int64     document_indices[n + 1], here 0, 1, ..., n
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import struct
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from drivetrain.conf.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRAIN, HELD_OUT = "train", "held_out"  # the names of the splits
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
+DTYPE_CODES = {"uint16": 8, "int32": 4}
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_HEADER = struct.Struct("<9sQBQQ")
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_INDEX_CHUNK = 1 << 20  # documents whose index entries are in memory at once
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrowest dtype that holds every token of a vocabulary: "uint16" or "int32"."""
+    return "uint16" if vocab_size < 65536 else "int32"
+
+
+@dataclass(slots=True)
+class ShardInfo:
+    """One shard as its manifest records it. `files` maps a file's name to its xxh3_64 hex digest."""
+
+    name: str
+    split: str
+    tokens: int
+    documents: int
+    files: dict[str, str]
+
+    @property
+    def bin_name(self) -> str:
+        return f"{self.name}.bin"
+
+    @property
+    def idx_name(self) -> str:
+        return f"{self.name}.idx"
+
+    def sizes(self, dtype: str) -> dict[str, int]:
+        """Bytes that each file must have, by file name."""
+        index = IDX_HEADER.size + self.documents * (4 + 8) + (self.documents + 1) * 8
+        return {self.bin_name: self.tokens * DTYPES[dtype].itemsize, self.idx_name: index}
+
+
+@dataclass(slots=True, kw_only=True)
+class Manifest:
+    """What a directory of shards holds, and where that came from.
+
+    `text_bytes` counts UTF-8 bytes of the documents by split, `skipped` the documents left out by reason.
+    Written last: a directory without it is unfinished.
+    """
+
+    format_version: int = FORMAT_VERSION
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer_hash: str
+    shards: list[ShardInfo]
+    tokenizer_files: dict[str, str] = field(
+        default_factory=dict
+    )  # under tokenizer/, with xxh3_64 hex digests
+    source: list[str] = field(default_factory=list)
+    licence: str | None = None
+    filters: list[str] = field(default_factory=list)
+    held_out: float = 0.0  # the share of documents that was asked for
+    text_bytes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read and check `directory/manifest.json`.
+
+        Raises:
+            DataError: it is missing, is not a manifest, has another format version, or names files outside
+                the directory.
+        """
+        path = directory / MANIFEST
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(
+                f"{directory} is no finished data directory: {MANIFEST} is missing; "
+                "make one with `drivetrain data build INPUT... --tokenizer DIR --out DIR`"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}); build the data again") from error
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {version!r} and this Drivetrain reads {FORMAT_VERSION}; "
+                "build the data again, or use the Drivetrain that built it"
+            )
+        try:
+            shards = [ShardInfo(**shard) for shard in raw.pop("shards")]
+            manifest = cls(shards=shards, **raw)
+            manifest._check()
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is not a manifest ({error}); build the data again") from error
+        return manifest
+
+    def _check(self) -> None:
+        for item in dataclasses.fields(self):
+            expected = type(getattr(_EXAMPLE, item.name))
+            value = getattr(self, item.name)
+            if item.name == "licence":
+                expected = str if value is not None else type(None)
+            if not isinstance(value, (int, float) if expected is float else expected):
+                raise ValueError(f"{item.name} is {value!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}")
+        for shard in self.shards:
+            if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
+                raise ValueError(f"{shard.name!r} cannot name a shard")
+            if set(shard.files) != {shard.bin_name, shard.idx_name}:
+                raise ValueError(f"shard {shard.name} lists the files {sorted(shard.files)}")
+            if not all(isinstance(count, int) and count > 0 for count in (shard.tokens, shard.documents)):
+                raise ValueError(
+                    f"shard {shard.name} counts {shard.tokens!r} tokens in {shard.documents!r} documents"
+                )
+        for name in self.tokenizer_files:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a tokenizer file")
+
+    def write(self, directory: Path) -> None:
+        """Write `directory/manifest.json` so that it is there whole or not at all."""
+        path = directory / MANIFEST
+        temporary = path.with_suffix(".json.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            _sync(file)
+        temporary.replace(path)
+        sync_directory(directory)
+
+    def split(self, name: str) -> list[ShardInfo]:
+        """The shards of a split, in order; empty where there is no such split."""
+        return [shard for shard in self.shards if shard.split == name]
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split, end-of-text tokens included."""
+        return sum(shard.tokens for shard in self.split(split))
+
+
+_EXAMPLE = Manifest(dtype="uint16", vocab_size=0, eos_id=0, tokenizer_hash="", shards=[])
+
+
+class ShardWriter:
+    """Writes one shard under temporary names; `close` gives the files their names.
+
+    As a context manager it closes when the block succeeds and removes what it wrote when the block fails.
+    Memory: 4 bytes a document.
+    """
+
+    def __init__(self, directory: Path, name: str, split: str, dtype: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a shard")
+        self.info = ShardInfo(name=name, split=split, tokens=0, documents=0, files={})
+        self._directory = directory
+        self._dtype = dtype
+        self._lengths = array("i")
+        self._hash = xxhash.xxh3_64()
+        self._bin: BinaryIO = self._temporary(self.info.bin_name).open("wb")
+
+    def _temporary(self, name: str) -> Path:
+        return self._directory / f"{name}.tmp"
+
+    def add(self, tokens: npt.NDArray[np.integer]) -> None:
+        """Append one document: integer tokens [length], length at least 1.
+
+        Raises:
+            DataError: a token does not fit the shard's dtype, or the document is too long for the format.
+        """
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise ValueError(f"a document is one row of at least one token, this has shape {tokens.shape}")
+        if tokens.size > MAX_DOCUMENT_TOKENS:
+            raise DataError(
+                f"a document has {tokens.size} tokens and the format allows {MAX_DOCUMENT_TOKENS}; split it"
+            )
+        dtype = DTYPES[self._dtype]
+        if tokens.dtype != dtype:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high > np.iinfo(dtype).max:
+                wrong = low if low < 0 else high
+                raise DataError(
+                    f"shard {self.info.name} stores {self._dtype} and cannot hold token {wrong}; "
+                    "check that vocab_size covers the tokenizer's added tokens"
+                )
+        raw = np.ascontiguousarray(tokens, dtype=dtype).data.cast("B")
+        self._bin.write(raw)
+        self._hash.update(raw)
+        self._lengths.append(tokens.size)
+        self.info.tokens += tokens.size
+        self.info.documents += 1
+
+    def close(self) -> ShardInfo:
+        """Write the index, flush both files to the disk and give them their names."""
+        info = self.info
+        if not info.documents:
+            raise ValueError(f"shard {info.name} has no documents")
+        _sync_and_close(self._bin)
+        info.files[info.bin_name] = self._hash.hexdigest()
+        info.files[info.idx_name] = self._write_index()
+        for name in info.files:
+            self._temporary(name).replace(self._directory / name)
+        sync_directory(self._directory)
+        return info
+
+    def abort(self) -> None:
+        """Remove what was written so far."""
+        with contextlib.suppress(OSError):  # a full disk refuses the buffer's rest once more
+            self._bin.close()
+        for name in (self.info.bin_name, self.info.idx_name):
+            self._temporary(name).unlink(missing_ok=True)
+
+    def _write_index(self) -> str:
+        digest = xxhash.xxh3_64()
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        count = self.info.documents
+        itemsize = DTYPES[self._dtype].itemsize
+        with self._temporary(self.info.idx_name).open("wb") as file:
+
+            def put(raw: bytes) -> None:
+                file.write(raw)
+                digest.update(raw)
+
+            put(IDX_HEADER.pack(IDX_MAGIC, 1, DTYPE_CODES[self._dtype], count, count + 1))
+            put(lengths.astype("<i4").tobytes())
+            start = 0
+            for first in range(0, count, _INDEX_CHUNK):
+                sizes = lengths[first : first + _INDEX_CHUNK].astype("<i8") * itemsize
+                ends = start + np.cumsum(sizes)
+                put((ends - sizes).astype("<i8").tobytes())
+                start = int(ends[-1])
+            for first in range(0, count + 1, _INDEX_CHUNK):
+                put(np.arange(first, min(first + _INDEX_CHUNK, count + 1), dtype="<i8").tobytes())
+            _sync(file)
+        return digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def map_tokens(directory: Path, shard: ShardInfo, dtype: str) -> np.memmap:
+    """The shard's tokens as a read-only memory map [shard.tokens] of uint16 or int32.
+
+    Raises:
+        DataError: the file is missing or its size is not what the manifest says. Its content is not read;
+            `drivetrain data verify` does that.
+    """
+    path = _sized(directory, shard, shard.bin_name, dtype)
+    return np.memmap(path, dtype=DTYPES[dtype], mode="r", shape=(shard.tokens,))
+
+
+def map_document_ends(directory: Path, shard: ShardInfo) -> np.ndarray:
+    """The index's pointers as a read-only memory map, int64 [shard.documents].
+
+    Entry i is where document i *starts*, in bytes (divide by the dtype's item size for tokens), so it is also
+    where document i - 1 ends; the last document ends at `shard.tokens`. The array is not aligned to 8 bytes
+    (the format has no padding), so `np.searchsorted` would copy all of it: look positions up with `bisect`,
+    which touches a few pages only.
+
+    Raises:
+        DataError: the file is missing, its size is not what the manifest says, or its header is wrong.
+    """
+    path = _sized(directory, shard, shard.idx_name, "uint16")  # the index has the same size for every dtype
+    with path.open("rb") as file:
+        magic, version, code, count, indices = IDX_HEADER.unpack(file.read(IDX_HEADER.size))
+    found = (magic, version, code in DTYPE_CODES.values(), count, indices)
+    if found != (IDX_MAGIC, 1, True, shard.documents, shard.documents + 1):
+        raise DataError(f"{path} does not start with its shard's index header; build or copy the data again")
+    offset = IDX_HEADER.size + 4 * shard.documents
+    return np.memmap(path, dtype="<i8", mode="r", offset=offset, shape=(shard.documents,))
+
+
+def map_lengths(directory: Path, shard: ShardInfo) -> np.ndarray:
+    """Tokens of each document as a read-only memory map, int32 [shard.documents]; raises like the above."""
+    path = _sized(directory, shard, shard.idx_name, "uint16")
+    return np.memmap(path, dtype="<i4", mode="r", offset=IDX_HEADER.size, shape=(shard.documents,))
+
+
+def _sized(directory: Path, shard: ShardInfo, name: str, dtype: str) -> Path:
+    path = directory / name
+    expected = shard.sizes(dtype)[name]
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing, the manifest lists it with {expected} bytes; build or copy the data again"
+        ) from error
+    if found != expected:
+        raise DataError(
+            f"{path} has {found} bytes where the manifest says {expected}; build or copy the data again"
+        )
+    return path
+
+
+def hash_file(path: Path, advance: Callable[[int], object] = int) -> str:
+    """xxh3_64 of a file's bytes as 16 hex digits, read in pieces; `advance` is told each piece's bytes."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    _sync(file)
+    file.close()

@@ -1,0 +1,44 @@
+"""`make demo`, whole: the first thing that anybody runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(1200)
+def test_make_demo_learns_and_leaves_its_traces(
+    tmp_path: Path, wandb_history: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("`make demo` would set up .venv; the tests run from another environment")
+    demo = tmp_path / "demo"
+    done = subprocess.run(
+        ["make", "demo", f"DEMO={demo}"],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+        capture_output=True,
+        text=True,
+        timeout=1100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((demo / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["final"]["eval/bits_per_byte"] < 1.8
+    rows = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    (segment,) = (demo / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    logged = {
+        int(row["step"]): row["loss"] for row in wandb_history(segment) if "loss" in row and "step" in row
+    }
+    assert logged == {row["step"]: pytest.approx(row["loss"]) for row in rows}
+    assert (demo / "run" / "report" / "index.html").is_file()
+    assert "def read_" in done.stdout and str(demo / "run" / "report" / "index.html") in done.stdout

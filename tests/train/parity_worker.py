@@ -1,0 +1,90 @@
+"""One rank of the parity tests: trains several configurations one after the other in one process group.
+
+usage: parity_worker.py CASES.json OUT.json; RANK and WORLD_SIZE as torchrun sets them.
+Each case: {"name", "overrides", "steps", and optionally "poison": step, "save": folder, "load": folder}.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drivetrain.conf.compose import compose
+from drivetrain.data.loader import PretrainSource, share_of
+from drivetrain.model.initialize import initialize
+from drivetrain.train import checkpoint
+from drivetrain.train.build import build_engine
+from drivetrain.train.mesh import World, init_world, leave_world
+from drivetrain.train.optim import lr_factor
+from drivetrain.train.stages.pretrain import PretrainStage
+
+
+def run_case(case: dict[str, Any], world: World) -> list[dict[str, Any]]:
+    config = compose(case["overrides"])
+    sequences = config.stage.tokens_per_step // config.stage.seq_len
+    share = share_of(sequences, int(config.stage.micro_batch), world.rank, world.size)
+    stage = PretrainStage(config, share, world, Path("no tokenizer"), None)
+    folder = Path(case["load"]) if "load" in case else None
+    state = checkpoint.read_state(folder) if folder else None
+    if state:
+        stage.source = PretrainSource(config.data, config.stage.seq_len, share, config.seed, state["source"])
+
+    def fill(model: Any) -> None:
+        if folder is None:
+            return initialize(model, config.model, config.seed)
+        from drivetrain.model.transformer import unique_parameters
+
+        return checkpoint.load_tensors(
+            folder, {f"model.{n}": p.detach() for n, p in unique_parameters(model)}
+        )
+
+    engine = build_engine(config, world, fill)
+    start = 0
+    if folder and state:
+        engine.load_optimizer(
+            lambda tensors: checkpoint.load_tensors(folder, tensors), state["optimizer_steps"]
+        )
+        start = state["step"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        minimise, stats = stage.loss(model, batch)
+        poisoned = case.get("poison") == step and world.rank == world.size - 1
+        return (minimise * float("nan") if poisoned else minimise), stats
+
+    rows = []
+    for step in range(start + 1, start + case["steps"] + 1):
+        batches = stage.source.next_step()
+        stats = engine.accumulate(batches, loss)
+        result = engine.step(lr_factor(config.optim, step - 1, config.stage.steps))
+        digest = world.sum_u64(sum(batch.digest for batch in batches) % (1 << 64))
+        rows.append({**stats, "digest": digest, "norm": result.grad_norm, "skipped": result.skipped})
+    if "save" in case:
+        saver = checkpoint.Checkpointer(Path(case["save"]), config.checkpoint, world)
+        state = {
+            "step": start + case["steps"],
+            "optimizer_steps": engine.optimizer_steps(),
+            "source": stage.source.state(),
+        }
+        failed = saver.save(start + case["steps"], engine.tensors(), state) or saver.wait()
+        assert failed is None, failed
+    return rows
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    from drivetrain.conf.schema import Device
+
+    world = init_world(Device.cpu, timeout_s=120)
+    found = {}
+    for case in cases:
+        found[case["name"]] = run_case(case, world)
+    if world.is_main:
+        out.write_text(json.dumps(found))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

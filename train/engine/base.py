@@ -1,0 +1,113 @@
+"""What the loop asks of an engine. It owns the backward pass, since DeepSpeed does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from drivetrain.data.batch import Batch
+from drivetrain.model.transformer import Transformer
+from drivetrain.train.mesh import World
+
+# Sums over a micro-batch: the number to minimise, then whatever the stage reports, all weighted by the loss
+# weights; the engine divides them by the weight of the whole step.
+LossSums = tuple[Tensor, dict[str, Tensor]]
+Loss = Callable[[nn.Module, Batch], LossSums]
+
+# Fills a materialised model in place: with initial weights, or with those of a checkpoint.
+Fill = Callable[[Transformer], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`skipped`: the gradient was not finite on some rank, and no rank changed its weights."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(ABC):
+    """One model on all ranks with its optimizer.
+
+    Checkpoint names are the same for every engine: `model.<name>`, `optim.<name>.<moment>`, all fp32.
+    """
+
+    model: nn.Module  # called like a `Transformer`
+    world: World
+
+    def accumulate(self, batches: list[Batch], loss: Loss) -> dict[str, float]:
+        """Forward and backward over this rank's micro-batches of one step.
+
+        The gradient is that of the summed loss divided by the loss weight of all ranks' batches, so neither
+        the number of ranks nor of micro-batches nor uneven documents change it.
+
+        Returns:
+            The stage's sums, divided by the same weight and summed over ranks.
+        """
+        total = self._loss_weight(batches)
+        # Both engines average gradients over ranks; the sum is wanted.
+        scale = self.world.size / total
+        sums: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            self._before_forward(last)
+            minimise, stats = loss(self.model, batch.to(self.world.device))
+            self._backward(minimise * scale, last)
+            _add(sums, stats)
+        return self._mean(sums, total)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch], loss: Loss) -> dict[str, float]:
+        """The stage's sums over all ranks' batches, divided by their loss weight. As many batches on each rank."""
+        total = self._loss_weight(batches)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            _add(sums, loss(self.model, batch.to(self.world.device))[1])
+        return self._mean(sums, total)
+
+    def _loss_weight(self, batches: list[Batch]) -> float:
+        return self.world.sum([sum(float(batch.loss_weights_T.sum()) for batch in batches)])[0]
+
+    def _mean(self, sums: dict[str, Tensor], total: float) -> dict[str, float]:
+        names = sorted(sums)
+        local = torch.stack([sums[name].double() for name in names])
+        dist.all_reduce(local)
+        return dict(zip(names, (local / total).tolist(), strict=True))
+
+    @abstractmethod
+    def _before_forward(self, last: bool) -> None:
+        """Told before each micro-batch whether it is the step's last."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, last: bool) -> None: ...
+
+    @abstractmethod
+    def step(self, lr_factor: float) -> StepResult:
+        """Clip by the true global norm and update, with every learning rate times `lr_factor`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Master weights and moments under their neutral names; sharded tensors stay sharded.
+
+        What one rank returns may be its part of the names only. Collective.
+        """
+
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Updates made so far (skipped steps not counted): AdamW's bias correction needs it."""
+
+    @abstractmethod
+    def load_optimizer(self, read: Callable[[dict[str, Tensor]], None], steps: int) -> None:
+        """Restore the moments: `read` fills a dictionary of tensors by name, in place. Collective."""
+
+    @abstractmethod
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 weights on the CPU, one at a time, equal on every rank. Collective."""
+
+
+def _add(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+    for name, value in stats.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()

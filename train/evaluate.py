@@ -1,0 +1,87 @@
+"""Held-out loss and bits per byte."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from drivetrain.data.batch import Batch, batch_from_windows
+from drivetrain.data.permutation import Permutation
+from drivetrain.data.tokenizer import token_byte_lengths
+from drivetrain.data.windows import Windows
+from drivetrain.kernels.attention import Documents, make_documents
+from drivetrain.train.engine.base import Engine, Loss, LossSums
+from drivetrain.train.mesh import World
+
+
+def documents_of(batch: Batch, sliding_window: int | None) -> Documents:
+    return make_documents(batch.cu_seqlens, batch.max_seqlen, batch.tokens, batch.row_len, sliding_window)
+
+
+class HeldOut:
+    """A fixed random sample of held-out windows from every source, dealt out over the ranks.
+
+    Args:
+        tokens: how many to read in all, shared evenly by the sources.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Windows],
+        tokens: int,
+        micro_batch: int,
+        seed: int,
+        world: World,
+        tokenizer_dir: Path,
+    ) -> None:
+        self.sources, self.world = sources, world
+        self.tokens, self.micro_batch, self.seed = tokens, micro_batch, seed
+        self.byte_lengths_V = torch.from_numpy(token_byte_lengths(tokenizer_dir)).to(world.device)
+
+    def evaluate(self, engine: Engine, loss: Loss) -> dict[str, float]:
+        """`eval/loss` (nats a token) and `eval/bits_per_byte`, and with several sources each one's own.
+
+        Bits per byte: summed nats / ln 2 / UTF-8 bytes of the predicted tokens. End-of-text tokens count in the
+        nats and stand for no bytes. Collective.
+        """
+
+        def with_bytes(model: nn.Module, batch: Batch) -> LossSums:
+            minimise, stats = loss(model, batch)
+            lengths_T = self.byte_lengths_V[batch.targets_T]
+            return minimise, {**stats, "bytes": (lengths_T * batch.loss_weights_T).sum()}
+
+        found: dict[str, float] = {}
+        parts = {name: engine.evaluate(self._batches(name), with_bytes) for name in self.sources}
+        for name, part in parts.items():
+            if len(parts) > 1:
+                found[f"eval/{name}/loss"] = part["loss"]
+                found[f"eval/{name}/bits_per_byte"] = part["loss"] / math.log(2) / part["bytes"]
+        mean_loss = sum(part["loss"] for part in parts.values()) / len(parts)
+        mean_bytes = sum(part["bytes"] for part in parts.values()) / len(parts)
+        return {
+            "eval/loss": mean_loss,
+            "eval/bits_per_byte": mean_loss / math.log(2) / mean_bytes,
+            **found,
+        }
+
+    def _batches(self, name: str) -> list[Batch]:
+        """This rank's batches; ranks have as many, so some windows are repeated with weight 0."""
+        windows = self.sources[name]
+        wanted = max(1, self.tokens // len(self.sources) // windows.seq_len)
+        numbers = Permutation(len(windows), f"{self.seed}/{name}/held_out")(
+            np.arange(min(wanted, len(windows)), dtype=np.int64)
+        )
+        rounds = math.ceil(len(numbers) / (self.micro_batch * self.world.size))
+        batches = []
+        for round_ in range(rounds):
+            first = (round_ * self.world.size + self.world.rank) * self.micro_batch
+            mine = numbers[first : first + self.micro_batch]
+            padded = np.resize(mine if len(mine) else numbers[:1], self.micro_batch)
+            batch = batch_from_windows(windows.read(padded), windows.manifest.eos_id)
+            weights_T = batch.loss_weights_T.clone()
+            weights_T[len(mine) * windows.seq_len :] = 0
+            batches.append(replace(batch, loss_weights_T=weights_T))
+        return batches

@@ -1,0 +1,147 @@
+"""What a run writes about itself: `metrics.jsonl`, `samples.jsonl`, `summary.json`; and its alarms."""
+
+import json
+import math
+import os
+import resource
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drivetrain.conf.schema import AlarmConfig
+
+METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """One JSON object a line, flushed at once. A resume drops what was logged after its checkpoint."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        for name in (METRICS, SAMPLES):
+            _drop_after(run_dir / name, start_step)
+        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._samples = (run_dir / SAMPLES).open("a", encoding="utf-8")
+
+    def log(self, row: dict[str, Any]) -> None:
+        print(json.dumps({key: _plain(value) for key, value in row.items()}), file=self._metrics, flush=True)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        for prompt, completion in rows:
+            text = json.dumps({"step": step, "prompt": prompt, "completion": completion}, ensure_ascii=False)
+            print(text, file=self._samples, flush=True)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All rows; a line torn by a crash is left out."""
+    path = run_dir / METRICS
+    return _rows(path) if path.is_file() else []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # Bytes, since a torn line may end inside a character; "\n" alone, since U+2028 and U+0085 stand in samples.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [row for row in _rows(path) if row.get("step", 0) <= step]
+    temporary = path.with_suffix(".tmp")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Replace `summary.json` in one motion."""
+    temporary = run_dir / (SUMMARY + ".tmp")
+    with temporary.open("w") as file:
+        json.dump({key: _plain(value) for key, value in summary.items()}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run_dir / SUMMARY)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: on the GPU, or resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Alarms:
+    """Says when the loss spikes or the gradient is not finite."""
+
+    def __init__(self, cfg: AlarmConfig) -> None:
+        self._cfg = cfg
+        self._losses: deque[float] = deque(maxlen=cfg.window)
+        self.skipped_total = self.skipped_in_a_row = 0
+
+    def check(self, step: int, loss: float, skipped: bool) -> list[str]:
+        """Sentences about this step; most steps have none."""
+        found = []
+        if skipped:
+            self.skipped_total += 1
+            self.skipped_in_a_row += 1
+            found.append(f"step {step}: the gradient is not finite; the step was skipped on every rank")
+        else:
+            self.skipped_in_a_row = 0
+        full = len(self._losses) == self._losses.maxlen
+        if full and loss > (limit := self._cfg.spike_factor * statistics.median(self._losses)):
+            found.append(f"step {step}: loss {loss:.3f} is a spike, above {limit:.3f}")
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        return found
+
+    @property
+    def gave_up(self) -> bool:
+        return 0 < self._cfg.max_skipped <= self.skipped_in_a_row
+
+
+class Pace:
+    """Seconds and tokens between two log lines, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        self.rates: list[float] = []
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def end(self, tokens: int) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._tokens += tokens
+        self._steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """(seconds a step, tokens a second) since the last call."""
+        seconds, rate = self._seconds / self._steps, self._tokens / self._seconds
+        self.rates.append(rate)
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        return seconds, rate
+
+    @property
+    def median_rate(self) -> float | None:
+        """Median tokens a second, the first line (warm-up, compilation) left out where there are others."""
+        rates = self.rates[1:] or self.rates
+        return statistics.median(rates) if rates else None
