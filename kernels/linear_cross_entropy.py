@@ -121,7 +121,8 @@ class _ChunkedLoss(torch.autograd.Function):
         nll = (loss_weights_T * nll_T).sum()
         loss = (loss_weights_T * (nll_T + z_loss * logsumexp_T.square())).sum()
         if grad_hidden_TD is not None and grad_weight_VD is not None:
-            ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))
+            whole_VD = grad_weight_VD if part_VD is None else part_VD.copy_(grad_weight_VD)
+            ctx.save_for_backward(grad_hidden_TD, whole_VD)
         ctx.mark_non_differentiable(nll)
         return loss, nll
 

@@ -31,6 +31,7 @@ PARTS = ("weights", "optimizer", "gradients", "buffers", "activations", "working
 
 USABLE = 0.9  # the rest: CUDA context, NCCL's buffers, and what the allocator cannot use
 LOSS_CHUNK = 1024  # tokens: kernels/linear_cross_entropy.py holds the logits of so many at once
+LOSS_TILE = 1 << 19  # elements: and in its softmax on a CPU so many
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size, an upper bound here
 LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters
 PREFETCH = 50_000_000  # elements: DeepSpeed's stage3_prefetch_bucket_size
@@ -187,9 +188,9 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     """Bytes kept between the last block and the loss, and the loss's working set.
 
     The last norm's input and output are kept, and the gradient of the output is written in the forward pass.
-    The chunked loss holds C x V fp32 logits with as large a temporary of their logsumexp, beside the fp32
-    gradient of the head (V x D); then logits, their gradient in the compute type, and the head's
-    gradient with one chunk's part of it. The reference holds all T x V logits three times.
+    The chunked loss holds C x V logits and the fp32 gradient of the head (V x D); in bf16 also an fp32 copy of
+    the logits that go through the softmax together, on a CPU a tile of them and else all, and one chunk's part
+    of the head's gradient. The reference holds all T x V logits three times.
     """
     model, e = config.model, element_bytes(config.engine.precision)
     table = model.vocab_size * model.dim
@@ -199,8 +200,9 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     if config.kernels is Kernels.reference:
         return ends, tokens * model.vocab_size * 12
     chunk = min(LOSS_CHUNK, tokens) * model.vocab_size
-    lower = e if e == 2 else 0
-    loss = max(8 * chunk + 4 * table, (4 + lower) * chunk + (4 + lower) * table)
+    narrow = e == 2
+    widened = (max(min(chunk, LOSS_TILE), model.dim) if on_cpu else chunk) if narrow else 0
+    loss = e * chunk + 4 * widened + (4 + e * narrow) * table
     return ends, loss + tokens * e * model.dim
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from drivetrain.conf.compose import load
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.conf.schema import RunConfig
+from drivetrain.train.process import end_process
 
 
 def main(arguments: list[str]) -> int:
@@ -76,10 +77,8 @@ def _failed(run_dir: Path, rank: int, error: BaseException) -> int:
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     record = {"rank": rank, "time": time.time(), "status": status, "message": message, "trace": not expected}
     (run_dir / "logs" / f"rank_{rank}.error.json").write_text(json.dumps(record))
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

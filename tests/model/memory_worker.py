@@ -28,6 +28,7 @@ from drivetrain.model.transformer import build_model
 from drivetrain.train.build import build_engine
 from drivetrain.train.evaluate import documents_of
 from drivetrain.train.mesh import World, init_world, leave_world
+from drivetrain.train.process import end_process
 
 
 class LiveBytes(TorchDispatchMode):
@@ -160,6 +161,7 @@ def main() -> None:
     if world.is_main:
         out.write_text(json.dumps(found))
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

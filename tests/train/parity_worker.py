@@ -18,6 +18,7 @@ from drivetrain.train import checkpoint
 from drivetrain.train.build import build_engine
 from drivetrain.train.mesh import World, init_world, leave_world
 from drivetrain.train.optim import lr_factor
+from drivetrain.train.process import end_process
 from drivetrain.train.stages.pretrain import PretrainStage
 
 
@@ -84,6 +85,7 @@ def main() -> None:
     if world.is_main:
         out.write_text(json.dumps(found))
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

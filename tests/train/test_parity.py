@@ -77,7 +77,7 @@ def plain(shards: Path) -> Rows:
             group["lr"] = cfg.lr * lr_factor(cfg, step, config.stage.steps)
         optimizer.step()
         optimizer.zero_grad()
-        rows.append({"loss": float(loss), "digest": batch.digest, "norm": float(norm)})
+        rows.append({"loss": loss.item(), "digest": batch.digest, "norm": float(norm)})
     assert (
         rows[-1]["loss"] < rows[0]["loss"] - 0.2
     )  # it learns: equal losses are not equal for standing still
