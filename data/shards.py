@@ -16,6 +16,7 @@ Megatron's index (megatron/core/datasets/indexed_dataset.py), little-endian and 
 import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import re
 import struct
@@ -281,7 +282,7 @@ class ShardWriter:
             self.abort()
 
 
-def map_tokens(directory: Path, shard: ShardInfo, dtype: str) -> np.memmap:
+def map_tokens(directory: Path, shard: ShardInfo, dtype: str) -> np.ndarray:
     """The shard's tokens as a read-only memory map [shard.tokens] of uint16 or int32.
 
     Raises:
@@ -289,7 +290,9 @@ def map_tokens(directory: Path, shard: ShardInfo, dtype: str) -> np.memmap:
             `drivetrain data verify` does that.
     """
     path = _sized(directory, shard, shard.bin_name, dtype)
-    return np.memmap(path, dtype=DTYPES[dtype], mode="r", shape=(shard.tokens,))
+    # Not np.memmap: it takes three times as long to open, and every slice of one twice.
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=DTYPES[dtype])
 
 
 def map_document_ends(directory: Path, shard: ShardInfo) -> np.ndarray:

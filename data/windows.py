@@ -61,8 +61,7 @@ class Windows:
         return out
 
     def _open(self, shard: int) -> np.ndarray:
-        mapped = map_tokens(self.directory, self.shards[shard], self.manifest.dtype)
-        self._maps[shard] = mapped.view(np.ndarray)  # slices of a plain array cost a third of a memmap's
+        self._maps[shard] = map_tokens(self.directory, self.shards[shard], self.manifest.dtype)
         return self._maps[shard]
 
 
