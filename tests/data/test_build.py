@@ -1,11 +1,5 @@
 import gzip
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,18 +13,7 @@ from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.data.build import build
 from drivetrain.data.readers import Reader
 from drivetrain.data.shards import HELD_OUT, TRAIN, Manifest, map_document_ends, map_tokens
-from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
-
-WORDS = re.findall(
-    r"\S+", "the cat sat on a mat while seven naïve dogs ran over 1234 green hills and 日本語 was"
-)
-
-
-def text_of(index: int) -> str:
-    return (
-        " ".join(WORDS[(index * 7 + j * (index % 5 + 1)) % len(WORDS)] for j in range(3 + index % 40))
-        + f" {index}"
-    )
+from drivetrain.data.tokenizer import load_tokenizer
 
 
 def json_lines(texts: list[str], key: str = "text") -> bytes:
@@ -63,22 +46,6 @@ def texts_of(directory: Path, split: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.txt").write_text(" ".join(text_of(i) for i in range(200)), encoding="utf-8")
-    train_tokenizer([folder], 340, folder / "bpe")
-    return folder / "bpe"
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6,000 documents in one file: several batches."""
-    path = tmp_path_factory.mktemp("many") / "many.jsonl"
-    path.write_bytes(json_lines([text_of(i) for i in range(6000)]))
-    return path
-
-
-@pytest.fixture(scope="module")
 def built(many: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "data"
     build([many], tokenizer, out, workers=1, held_out=0.1, shard_tokens=60000, licence="CC0", progress=False)
@@ -93,11 +60,10 @@ def test_the_bytes_do_not_depend_on_the_workers(
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
-def test_every_document_is_there_once_in_order_and_on_its_side(built: Path) -> None:
+def test_every_document_is_there_once_in_order_and_on_its_side(texts: list[str], built: Path) -> None:
     def held_out(text: str) -> bool:
         return xxhash.xxh3_64_intdigest(text.encode()) < 0.1 * 2**64
 
-    texts = [text_of(i) for i in range(6000)]
     assert texts_of(built, TRAIN) == [text for text in texts if not held_out(text)]
     assert texts_of(built, HELD_OUT) == [text for text in texts if held_out(text)]
     assert 450 < len(texts_of(built, HELD_OUT)) < 750
@@ -135,10 +101,9 @@ def test_text_cannot_inject_control_tokens(tokenizer: Path, tmp_path: Path) -> N
     )  # ids below the special ones
 
 
-def test_equal_texts_land_on_the_same_side(tokenizer: Path, tmp_path: Path) -> None:
-    texts = [text_of(i) for i in range(50)]
-    (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
-    (tmp_path / "b.jsonl").write_bytes(json_lines(list(reversed(texts))))
+def test_equal_texts_land_on_the_same_side(texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts[:50]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(texts[49::-1]))
     build([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, tmp_path / "out", 1, 0.3, progress=False)
     train, held_out = (texts_of(tmp_path / "out", split) for split in (TRAIN, HELD_OUT))
     assert held_out and len(train) + len(held_out) == 100
@@ -215,8 +180,8 @@ def test_a_broken_line_is_counted_with_its_number(tmp_path: Path, line: bytes, m
         list(Reader([path], strict=True))
 
 
-def test_damaged_files_are_counted(tmp_path: Path) -> None:
-    lines = json_lines([text_of(i) for i in range(3000)])
+def test_damaged_files_are_counted(texts: list[str], tmp_path: Path) -> None:
+    lines = json_lines(texts[:3000])
     gz, zst = gzip.compress(lines), zstandard.ZstdCompressor().compress(lines)
     (tmp_path / "a.txt").write_bytes(b"fine\nfine\nbroken \xff")
     (tmp_path / "b.jsonl.gz").write_bytes(gz[: len(gz) // 2])
@@ -228,7 +193,7 @@ def test_damaged_files_are_counted(tmp_path: Path) -> None:
     reader = Reader([tmp_path])
     read = list(reader)
     assert read[-1] == "whole"
-    assert set(read[:-1]) <= {text_of(i) for i in range(3000)}
+    assert set(read[:-1]) <= set(texts[:3000])
     assert reader.broken == 6
     for name, problem in zip("abcdef", reader.problems, strict=True):
         assert problem.startswith(f"{tmp_path}/{name}.")
@@ -308,122 +273,3 @@ def test_overwrite_replaces_and_repairs(tokenizer: Path, tmp_path: Path) -> None
         build([tmp_path / "in"], tokenizer, out, 1, 0.0, progress=False)
     assert texts_of(out, TRAIN) == ["second"]
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
-
-
-SCRIPT = """
-import resource, sys
-from pathlib import Path
-from drivetrain.conf.errors import DrivetrainError
-from drivetrain.data.build import build
-source, tokenizer, out, room = sys.argv[1:]
-if int(room):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), int(room)))
-try:
-    build([Path(source)], Path(tokenizer), Path(out), workers=2, progress=False)
-except DrivetrainError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-"""
-
-
-def start(source: Path, tokenizer: Path, out: Path, room: int = 0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(source), str(tokenizer), str(out), str(room)],
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a process group of its own, as a terminal makes
-        # A shell starts background jobs, these tests too, with SIGINT ignored; a build at a terminal has it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_until(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def running(group: int) -> list[int]:
-    """The processes of a group that run; one that ended and awaits its parent does not count."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, process_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(process_group) == group and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def is_worker(process: int) -> bool:
-    return b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 60 MB, which takes much longer to tokenise than a test lasts."""
-    path = tmp_path_factory.mktemp("large") / "large.jsonl"
-    lines = json_lines([text_of(i) for i in range(6000)])
-    path.write_bytes(lines * (60_000_000 // len(lines)))
-    return path
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-
-
-@needs_proc
-def test_interrupted_or_killed_builds_leave_no_output_and_no_process(
-    large: Path, many: Path, tokenizer: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    unfinished = tmp_path / ".out.building"
-
-    interrupted = start(large, tokenizer, out)
-    wait_until(lambda: list(unfinished.glob("*.bin.tmp")))
-    with pytest.raises(ConfigError, match="another build is writing"):
-        build([many], tokenizer, out, 1, progress=False)
-    os.killpg(interrupted.pid, signal.SIGINT)  # what Ctrl-C sends
-    _, stderr = interrupted.communicate(timeout=30)
-    assert interrupted.returncode == -signal.SIGINT
-    assert stderr.count("Traceback") == 1 and "Process Spawn" not in stderr
-    wait_until(lambda: not running(interrupted.pid))
-    assert not list(tmp_path.iterdir())
-
-    killed = start(large, tokenizer, out)
-    wait_until(lambda: list(unfinished.glob("*.bin.tmp")))
-    killed.kill()
-    killed.communicate(timeout=30)
-    wait_until(lambda: not running(killed.pid))
-    assert not out.exists() and unfinished.exists()
-
-    build([many], tokenizer, out, 1, progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert not list(out.rglob("*.tmp"))
-
-
-@needs_proc
-def test_a_killed_worker_is_one_sentence_and_leaves_nothing(
-    large: Path, tokenizer: Path, tmp_path: Path
-) -> None:
-    build_process = start(large, tokenizer, tmp_path / "out")
-    wait_until(lambda: list((tmp_path / ".out.building").glob("*.bin.tmp")))
-    os.kill(next(filter(is_worker, running(build_process.pid))), signal.SIGKILL)
-    _, stderr = build_process.communicate(timeout=60)
-    assert build_process.returncode == 1
-    assert stderr.startswith("DrivetrainError: a tokenising process died; ") and stderr.count("\n") == 1
-    wait_until(lambda: not running(build_process.pid))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(many: Path, tokenizer: Path, tmp_path: Path) -> None:
-    full = start(many, tokenizer, tmp_path / "out", room=200_000)
-    _, stderr = full.communicate(timeout=60)
-    assert full.returncode == 1
-    assert (
-        stderr.startswith(f"DataError: no room left for {tmp_path / 'out'} after ")
-        and stderr.count("\n") == 1
-    )
-    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +205,9 @@ class Counting:
         return {"sample": self.step}
 
 
-def wait_until(holds: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_the_prefetchers_state_is_that_of_the_steps_handed_out() -> None:
+def test_the_prefetchers_state_is_that_of_the_steps_handed_out(
+    wait_until: Callable[[Callable[[], object]], None],
+) -> None:
     source = Counting()
     reader = Prefetcher(source, depth=3)
     wait_until(lambda: source.step >= 4)  # three in the queue, one in hand

@@ -2,9 +2,9 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +15,7 @@ import pytest
 BIN = Path(sys.executable).parent
 ENV = {**os.environ, "PYTHONSAFEPATH": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
-# 60k parameters, fp32: a launch takes as long as it takes to start.
-SMALL = [
-    "model=tiny",
-    "model.vocab_size=512",
-    "model.dim=32",
-    "model.layers=2",
-    "model.heads=4",
-    "model.kv_heads=2",
-    "model.head_dim=8",
-    "model.ffn_dim=64",
-    "stage.seq_len=32",
-    "stage.tokens_per_step=256",
-    "stage.micro_batch=2",
-    "stage.steps=24",
-    "stage.eval_every=12",
-    "stage.eval_tokens=1024",
-    "stage.save_every=4",
-    "engine.precision=fp32",
-    "optim.lr=3e-3",
-    "optim.warmup_steps=4",
-    "cluster.nproc=2",
-]
+KillTree = Callable[[subprocess.Popen[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +24,8 @@ class Cli:
 
     folder: Path
     shards: Path
+    overrides: list[str]
+    kill_tree: KillTree
 
     def __call__(
         self, *words: str, status: int = 0, timeout: float = 240
@@ -71,8 +52,29 @@ class Cli:
             text=True,
         )
 
+    def wait_until(
+        self, found: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 90
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while not found():
+            if launcher.poll() is not None:
+                pytest.fail(f"the run ended before that: {launcher.communicate()[0]}")
+            if time.monotonic() > deadline:
+                self.kill_tree(launcher)
+                pytest.fail("waited too long")
+            time.sleep(0.0005)
+
+    def wait_for_step(self, run_dir: str, step: int, launcher: subprocess.Popen[str]) -> None:
+        def logged() -> bool:
+            try:
+                return any(row["step"] >= step for row in self.rows(run_dir))
+            except ValueError:  # a line half-way written
+                return False
+
+        self.wait_until(logged, launcher)
+
     def small(self, run_dir: str, *more: str) -> list[str]:
-        return ["launch", *SMALL, f"data.path={self.shards}", f"run_dir={run_dir}", *more]
+        return ["launch", *self.overrides, f"data.path={self.shards}", f"run_dir={run_dir}", *more]
 
     def rows(self, run_dir: str) -> list[dict[str, Any]]:
         path = self.folder / run_dir / "metrics.jsonl"
@@ -87,7 +89,7 @@ class Cli:
 
 
 @pytest.fixture(scope="session")
-def built_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_shards(tmp_path_factory: pytest.TempPathFactory, kill_tree: KillTree) -> Path:
     """Tokenizer and shards of a few real modules, through the command line."""
     folder = tmp_path_factory.mktemp("text")
     texts = folder / "text"
@@ -95,48 +97,37 @@ def built_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Path(json.__file__).parent.parent
     for path in sorted(library.glob("[a-d]*.py"))[:40]:
         (texts / path.name).write_text(path.read_text(encoding="utf-8"))
-    run = Cli(folder, folder)
+    run = Cli(folder, folder, [], kill_tree)
     run("tokenizer", "train", "text", "--vocab-size", "512", "--out", "tokenizer")
     words = ("--tokenizer", "tokenizer", "--out", "shards", "--held-out", "0.2", "--workers", "1")
     run("data", "build", "text", *words)
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def cli_in(small: list[str], built_shards: Path, kill_tree: KillTree) -> Callable[[Path], Cli]:
+    """`cli_in(folder)` -> its Cli."""
+    overrides = [
+        *small,
+        "model.vocab_size=512",
+        "stage.micro_batch=2",
+        "stage.steps=24",
+        "stage.eval_every=12",
+        "stage.eval_tokens=1024",
+        "stage.save_every=4",
+        "cluster.nproc=2",
+    ]
+    return lambda folder: Cli(folder, built_shards, overrides, kill_tree)
+
+
 @pytest.fixture
-def cli(tmp_path: Path, built_shards: Path) -> Cli:
-    return Cli(tmp_path, built_shards)
+def cli(cli_in: Callable[[Path], Cli], tmp_path: Path) -> Cli:
+    return cli_in(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, built_shards: Path) -> Cli:
+def undisturbed(cli_in: Callable[[Path], Cli], tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """A run on two ranks that nobody touched, in the folder `whole`."""
-    run = Cli(tmp_path_factory.mktemp("undisturbed"), built_shards)
+    run = cli_in(tmp_path_factory.mktemp("undisturbed"))
     run(*run.small("whole"))
     return run
-
-
-def read_wandb(path: Path) -> list[dict[str, Any]]:
-    """History rows of a `.wandb` file: a 7-byte header, then LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, at, data, rows = path.read_bytes(), 7, b"", []
-    while at < len(content):
-        if (room := 32768 - at % 32768) < 7:
-            at += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        data += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            record, data = Record.FromString(data), b""
-            if record.HasField("history"):
-                items = record.history.item
-                rows.append(
-                    {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-                )
-    return rows
-
-
-@pytest.fixture
-def wandb_history() -> Callable[[Path], list[dict[str, Any]]]:
-    return read_wandb

@@ -4,10 +4,8 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from drivetrain.conf.compose import compose
 from drivetrain.launch.run_dir import make_run_dir
 
 Cli = Any
+WaitForAll = Callable[[list[subprocess.Popen[Any]], float], list[int]]
 BIN = Path(sys.executable).parent
 ENV = {**os.environ, "PYTHONSAFEPATH": "1"}
 
@@ -90,9 +89,7 @@ def test_a_run_that_is_done_says_so_and_keeps_its_summary(undisturbed: Cli) -> N
 
 def test_a_rank_that_is_killed_is_named(cli: Cli) -> None:
     launcher = cli.start(*cli.small("run", "stage.steps=5000"))
-    deadline = time.monotonic() + 60
-    while len(cli.rows("run")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    cli.wait_for_step("run", 3, launcher)
     children = psutil.Process(launcher.pid).children(recursive=True)
     ranks = [
         p
@@ -153,7 +150,7 @@ def test_a_run_directory_can_be_started_by_hand(cli: Cli, undisturbed: Cli, comm
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_srun_sets_other_variables(cli: Cli, undisturbed: Cli) -> None:
+def test_srun_sets_other_variables(cli: Cli, undisturbed: Cli, wait_for_all: WaitForAll) -> None:
     """What Slurm's srun gives each of two tasks on one node; no torchrun, no RANK."""
     run_dir = cli.folder / "run"
     words = [word for word in cli.small(str(run_dir)) if "=" in word]
@@ -174,19 +171,19 @@ def test_srun_sets_other_variables(cli: Cli, undisturbed: Cli) -> None:
         )
         for task in range(2)
     ]
-    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    assert wait_for_all(tasks, 120) == [0, 0]
     assert cli.curve("run") == undisturbed.curve("whole")
 
 
-def test_cluster_torchrun_prints_what_every_node_runs(cli: Cli, undisturbed: Cli) -> None:
+def test_cluster_torchrun_prints_what_every_node_runs(
+    cli: Cli, undisturbed: Cli, free_port: Callable[[], int], wait_for_all: WaitForAll
+) -> None:
     """Two "nodes" of one rank each on this machine, started with the printed line."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = cli.small("run", "cluster=torchrun", "cluster.nodes=2", "cluster.nproc=1", f"cluster.port={port}")
-    line = cli(*(word for word in words if word != "cluster.nproc=2")).stdout.strip().splitlines()[-1]
+    words = ("cluster=torchrun", "cluster.nodes=2", "cluster.nproc=1", f"cluster.port={free_port()}")
+    said = cli(*(word for word in cli.small("run", *words) if word != "cluster.nproc=2")).stdout
+    line = said.strip().splitlines()[-1]
     nodes = [subprocess.Popen(["sh", "-c", line], stdout=subprocess.DEVNULL, env=ENV) for _ in range(2)]
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert wait_for_all(nodes, 120) == [0, 0]
     assert cli.curve("run") == undisturbed.curve("whole")
 
 
@@ -202,15 +199,14 @@ def test_a_sweep_runs_every_point_and_records_a_failed_one(cli: Cli) -> None:
 
 
 def test_wandb_offline_files_hold_the_metrics_and_a_resume_keeps_the_run(
-    cli: Cli, wandb_history: Callable[[Path], list[dict[str, Any]]]
+    cli: Cli, wandb_history: Callable[[Path, str], list[tuple[int, float]]]
 ) -> None:
     cli(*cli.small("run", "tracker=wandb", "stage.steps=8", "optim.schedule=constant", "stage.eval_every=4"))
     cli("resume", "run", "stage.steps=12")
     segments = sorted((cli.folder / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(segments) == 2
     assert len({path.name for path in segments}) == 1  # the same run id
-    history = [row for path in segments for row in wandb_history(path)]
-    losses = {int(row["step"]): row["loss"] for row in history if "loss" in row and "step" in row}
+    losses = dict(wandb_history(cli.folder / "run", "loss"))
     expected = {row["step"]: row["loss"] for row in cli.rows("run")}
     assert {step: pytest.approx(loss) for step, loss in losses.items()} == expected
-    assert any("eval/loss" in row for row in history)
+    assert wandb_history(cli.folder / "run", "eval/loss")

@@ -1,13 +1,9 @@
-"""One rank that measures what training holds: live bytes of tensor storage, seen through the dispatcher.
+"""What training holds on a rank: live bytes of tensor storage, seen through the dispatcher; see rank.py.
 
-usage: memory_worker.py CASES.json OUT.json; RANK and WORLD_SIZE as torchrun sets them.
 Each case: {"name", "measure": "engine" or "block", "overrides"}. Out: measured numbers and planned ones, by name.
 """
 
 import gc
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +23,7 @@ from drivetrain.model.parallelize import recompute_and_compile
 from drivetrain.model.transformer import build_model
 from drivetrain.train.build import build_engine
 from drivetrain.train.evaluate import documents_of
-from drivetrain.train.mesh import World, init_world, leave_world
-from drivetrain.train.process import end_process
+from drivetrain.train.mesh import World
 
 
 class LiveBytes(TorchDispatchMode):
@@ -116,7 +111,7 @@ def measure_block(overrides: list[str], world: World) -> dict[str, float]:
     for layers in (2, 3):
         config = compose([*overrides, f"model.layers={layers}"])
         (batch,) = draw(config, 1, int(config.stage.micro_batch))
-        model = build_model(config.model, config.kernels, device="cpu")
+        model = build_model(config.model, "sdpa", device="cpu")
         initialize(model, config.model, 0)
         model.to(torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32)
         recompute_and_compile(model, config.engine)
@@ -152,17 +147,6 @@ def measure_block(overrides: list[str], world: World) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    world = init_world(Device.cpu, timeout_s=120)
-    measures = {"engine": measure_engine, "block": measure_block}
-    found = {case["name"]: measures[case["measure"]](case["overrides"], world) for case in cases}
-    if world.is_main:
-        out.write_text(json.dumps(found))
-    leave_world()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()
+def run_case(case: dict[str, Any], world: World) -> dict[str, float]:
+    measure = {"engine": measure_engine, "block": measure_block}[case["measure"]]
+    return measure(case["overrides"], world)

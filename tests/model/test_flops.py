@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drivetrain.conf.compose import compose
-from drivetrain.conf.schema import Kernels, ModelConfig, Precision, options
+from drivetrain.conf.schema import ModelConfig, Precision, options
 from drivetrain.kernels.attention import make_documents
 from drivetrain.kernels.linear_cross_entropy import linear_cross_entropy_ref
 from drivetrain.model.flops import find_gpu, mean_context, parameter_count, peak_flops, train_flops_per_token
@@ -36,7 +36,7 @@ def test_optional_parameters_are_counted(changes: dict[str, object]) -> None:
 
 
 def assert_counted(cfg: ModelConfig) -> None:
-    named = dict(unique_parameters(build_model(cfg, Kernels.auto)))
+    named = dict(unique_parameters(build_model(cfg, "sdpa")))
     blocks = {name: p for name, p in named.items() if name.startswith("blocks.")}
     count = parameter_count(cfg)
     assert count.total == sum(p.numel() for p in named.values())
@@ -64,7 +64,7 @@ def test_published_sizes() -> None:
 def test_flops_are_those_that_torch_counts(changes: dict[str, object]) -> None:
     """The reference attention multiplies all T x T pairs, twice the causal half that the formula counts."""
     cfg, T = tiny(layers=2, vocab_size=256, **changes), 48
-    model = build_model(cfg, Kernels.reference, device="cpu")
+    model = build_model(cfg, "reference", device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drivetrain.conf.schema import Kernels, ModelConfig
+from drivetrain.conf.schema import ModelConfig
 from drivetrain.kernels.attention import make_documents
 from drivetrain.model.generate import generate
 from drivetrain.model.initialize import initialize
@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> Transformer:
         init_std=0.5,  # logits far from each other
         sliding_window=request.param,
     )
-    built = build_model(cfg, Kernels.sdpa)
+    built = build_model(cfg, "sdpa")
     built.materialize(torch.device("cpu"))
     initialize(built, cfg, 1)
     return built

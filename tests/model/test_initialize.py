@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from drivetrain.conf.schema import FsdpConfig, Kernels, ModelConfig, Precision
+from drivetrain.conf.schema import FsdpConfig, ModelConfig, Precision
 from drivetrain.model import initialize as module
 from drivetrain.model.initialize import fill_normal, initialize, local_rows
 from drivetrain.model.parallelize import shard
@@ -38,7 +38,7 @@ def config(**changes: object) -> ModelConfig:
 
 
 def whole(cfg: ModelConfig, seed: int = 0) -> Transformer:
-    model = build_model(cfg, Kernels.sdpa)
+    model = build_model(cfg, "sdpa")
     model.materialize(torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -130,7 +130,7 @@ def test_a_model_under_fsdp_has_the_weights_of_one_process(replicas: int, shards
             # torch caches by mesh, and would take the mesh of the rank before for an equal one.
             names = (f"replicate_{rank}", f"shard_{rank}")
             mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=names)
-            model = build_model(cfg, Kernels.sdpa)
+            model = build_model(cfg, "sdpa")
             shard(model, engine, mesh)
             model.materialize(torch.device("cpu"))
             initialize(model, cfg, 3)

@@ -1,10 +1,8 @@
 """The memory plan against what training holds on CPU ranks; see memory_worker.py."""
 
-import json
-import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +69,7 @@ BLOCKS = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    folder = tmp_path_factory.mktemp("memory")
+def measured(run_ranks: Callable[..., dict[str, Any]]) -> dict[str, dict[str, float]]:
     cases = [
         {"name": name, "measure": "engine", "overrides": [*SMALL, "stage.micro_batch=4", *overrides]}
         for name, (overrides, *_) in ENGINES.items()
@@ -83,28 +80,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, fl
         {"name": name, "measure": "block", "overrides": [*one_pass, *overrides]}
         for name, overrides in BLOCKS.items()
     ]
-    return run_ranks(folder, cases)
-
-
-def run_ranks(folder: Path, cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    worker = Path(__file__).with_name("memory_worker.py")
-    command = [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "out.json")]
-    logs = [(folder / f"rank_{rank}.log").open("w+") for rank in range(RANKS)]
-    ranks = [
-        subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log)
-        for r, log in enumerate(logs)
-    ]
-    statuses = [rank.wait(timeout=400) for rank in ranks]
-    if any(statuses):
-        said = "\n".join((folder / f"rank_{r}.log").read_text()[-3000:] for r in range(RANKS))
-        pytest.fail(f"ranks ended with {statuses}:\n{said}")
-    return json.loads((folder / "out.json").read_text())  # type: ignore[no-any-return]
+    return run_ranks(Path(__file__).with_name("memory_worker.py"), RANKS, cases)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -1,24 +1,18 @@
-"""One rank of the parity tests: trains several configurations one after the other in one process group.
+"""What each rank of the parity tests trains; see rank.py.
 
-usage: parity_worker.py CASES.json OUT.json; RANK and WORLD_SIZE as torchrun sets them.
 Each case: {"name", "overrides", "steps", and optionally "poison": step, "save": folder, "load": folder}.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from drivetrain.conf.compose import compose
 from drivetrain.data.loader import PretrainSource, share_of
 from drivetrain.model.initialize import initialize
 from drivetrain.train import checkpoint
 from drivetrain.train.build import build_engine
-from drivetrain.train.mesh import World, init_world, leave_world
+from drivetrain.train.mesh import World
 from drivetrain.train.optim import lr_factor
-from drivetrain.train.process import end_process
 from drivetrain.train.stages.pretrain import PretrainStage
 
 
@@ -71,22 +65,3 @@ def run_case(case: dict[str, Any], world: World) -> list[dict[str, Any]]:
         failed = saver.save(start + case["steps"], engine.tensors(), state) or saver.wait()
         assert failed is None, failed
     return rows
-
-
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    from drivetrain.conf.schema import Device
-
-    world = init_world(Device.cpu, timeout_s=120)
-    found = {}
-    for case in cases:
-        found[case["name"]] = run_case(case, world)
-    if world.is_main:
-        out.write_text(json.dumps(found))
-    leave_world()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()

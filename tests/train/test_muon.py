@@ -1,24 +1,21 @@
-"""Muon. Run as a program, this file is one of two ranks that train a sharded model; see `sharded`."""
+"""Muon. This file is its own worker: two ranks call `run_case`, which trains a sharded model; see rank.py."""
 
 import copy
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from drivetrain.conf.schema import FsdpConfig, Kernels, ModelConfig, MuonConfig, Precision
+from drivetrain.conf.schema import FsdpConfig, ModelConfig, MuonConfig, Precision
 from drivetrain.model.initialize import initialize, local_rows
 from drivetrain.model.parallelize import shard
 from drivetrain.model.transformer import Transformer, build_model, unique_parameters
+from drivetrain.train.mesh import World
 from drivetrain.train.muon import MuonWithAdamW, orthogonalize
 from drivetrain.train.optim import set_lr
 
@@ -44,7 +41,7 @@ def config(**changes: Any) -> MuonConfig:
 
 
 def made() -> Transformer:
-    model = build_model(MODEL, Kernels.sdpa)
+    model = build_model(MODEL, "sdpa")
     model.materialize(torch.device("cpu"))
     initialize(model, MODEL, 0)
     return model
@@ -197,39 +194,22 @@ def test_a_copy_of_the_state_goes_on_alike() -> None:
         assert torch.equal(mine, theirs)
 
 
-def sharded(rank: int, folder: Path) -> None:
-    """One of two ranks: train under FSDP and write the whole weights."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = build_model(MODEL, Kernels.sdpa)
-    shard(model, FsdpConfig(name="fsdp", precision=Precision.fp32), init_device_mesh("cpu", (2,)))
+def run_case(_: dict[str, Any], world: World) -> dict[str, list[Any]]:
+    """Train under FSDP; the whole weights."""
+    model = build_model(MODEL, "sdpa")
+    shard(model, FsdpConfig(name="fsdp", precision=Precision.fp32), init_device_mesh("cpu", (world.size,)))
     model.materialize(torch.device("cpu"))
     initialize(model, MODEL, 0)
     train(model, config())
-    whole = {name: p.full_tensor().detach() for name, p in unique_parameters(model) if isinstance(p, DTensor)}
-    if rank == 0:
-        save_file(whole, folder / "weights.safetensors")
-    dist.destroy_process_group()
+    return {n: p.full_tensor().tolist() for n, p in unique_parameters(model) if isinstance(p, DTensor)}
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)], env=env, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    found = load_file(tmp_path / "weights.safetensors")
+def test_two_ranks_train_what_one_does(run_ranks: Callable[..., dict[str, Any]]) -> None:
+    found = run_ranks(Path(__file__), 2, [{"name": "muon"}])["muon"]
     model = made()
     train(model, config())
     named = dict(unique_parameters(model))
     assert set(found) == set(named)
     for name, parameter in named.items():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
-
-
-if __name__ == "__main__":
-    sharded(int(sys.argv[1]), Path(sys.argv[2]))
+        weight = torch.tensor(found[name])
+        torch.testing.assert_close(weight, parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)

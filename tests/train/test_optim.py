@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drivetrain.conf.schema import AdamWConfig, Kernels, ModelConfig, OptimConfig, Schedule
+from drivetrain.conf.schema import AdamWConfig, ModelConfig, OptimConfig, Schedule
 from drivetrain.model.transformer import build_model, unique_parameters
 from drivetrain.train.optim import build_adamw, decay_groups, is_block_matrix, lr_factor, set_lr
 
@@ -84,7 +84,7 @@ def test_set_lr_scales_what_each_group_began_with() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_decay_and_norms_and_biases_do_not(tied: bool) -> None:
-    model = build_model(model_config(tie_embeddings=tied), Kernels.sdpa)
+    model = build_model(model_config(tie_embeddings=tied), "sdpa")
     groups = decay_groups(model, config(weight_decay=0.3))
     found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}  # type: ignore[attr-defined]
     named = dict(unique_parameters(model))
@@ -95,7 +95,7 @@ def test_matrices_decay_and_norms_and_biases_do_not(tied: bool) -> None:
 
 
 def test_muons_matrices_are_those_of_the_blocks() -> None:
-    model = build_model(model_config(), Kernels.sdpa)
+    model = build_model(model_config(), "sdpa")
     found = {name for name, p in unique_parameters(model) if is_block_matrix(name, p)}
     kinds = ("attn.wqkv", "attn.wo", "mlp.w_gate_up", "mlp.w_down")
     assert found == {f"blocks.{layer}.{kind}.weight" for layer in range(2) for kind in kinds}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,30 @@ from drivetrain.train.optim import lr_factor
 
 STEPS = 20
 
-# 33k parameters: what matters is that every part is there, not how large it is.
-SMALL = [
-    "model=tiny",
-    "model.vocab_size=96",
-    "model.dim=32",
-    "model.layers=2",
-    "model.heads=4",
-    "model.kv_heads=2",
-    "model.head_dim=8",
-    "model.ffn_dim=64",
-    "stage.seq_len=32",
-    "stage.tokens_per_step=256",
-    "stage.eval_every=0",
-    "engine.precision=fp32",
-    "optim.lr=3e-3",
-    "optim.warmup_steps=4",
-    "stage.steps=20",
-]
 Rows = list[dict[str, Any]]
+Run = Callable[[int, list[dict[str, Any]]], dict[str, Rows]]
+Case = Callable[..., dict[str, Any]]
 
 
-def case(name: str, shards: Path, *overrides: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "overrides": [*SMALL, f"data.path={shards}", *overrides], "steps": STEPS, **more}
+@pytest.fixture(scope="module")
+def run_ranks(run_ranks: Callable[..., dict[str, Rows]]) -> Run:
+    return partial(run_ranks, Path(__file__).with_name("parity_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def overrides(small: list[str], shards: Path) -> list[str]:
+    more = ["model.vocab_size=96", f"stage.steps={STEPS}", "stage.eval_every=0"]
+    return [*small, *more, f"data.path={shards}"]
+
+
+@pytest.fixture(scope="module")
+def case(overrides: list[str]) -> Case:
+    """`case(name, *words, **more)`: one for the parity worker."""
+
+    def make(name: str, *words: str, **more: Any) -> dict[str, Any]:
+        return {"name": name, "overrides": [*overrides, *words], "steps": STEPS, **more}
+
+    return make
 
 
 def zero(stage: int) -> tuple[str, str]:
@@ -48,11 +50,11 @@ def zero(stage: int) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def plain(shards: Path) -> Rows:
+def plain(overrides: list[str]) -> Rows:
     """A loop that anybody would write: one process, full logits, torch's cross-entropy and AdamW; none of the
     engines, kernels or chunking of this project."""
-    config = compose([*SMALL, f"data.path={shards}", "stage.micro_batch=8"])
-    model = build_model(config.model, config.kernels)
+    config = compose([*overrides, "stage.micro_batch=8"])
+    model = build_model(config.model, "sdpa")
     model.materialize(torch.device("cpu"))
     initialize(model, config.model, config.seed)
     cfg = config.optim
@@ -93,50 +95,45 @@ def check(name: str, rows: Rows, expected: Rows) -> None:
     )
 
 
-Run = Callable[[int, list[dict[str, Any]]], dict[str, Rows]]
-
-
-def test_two_ranks_every_engine_and_micro_batch(plain: Rows, shards: Path, run_ranks: Run) -> None:
+def test_two_ranks_every_engine_and_micro_batch(plain: Rows, case: Case, run_ranks: Run) -> None:
     engines = {"fsdp": ("engine=fsdp",), **{f"zero{n}": zero(n) for n in range(4)}}
     cases = [
-        case(f"{name}, micro-batch {size}", shards, *words, f"stage.micro_batch={size}")
+        case(f"{name}, micro-batch {size}", *words, f"stage.micro_batch={size}")
         for name, words in engines.items()
         for size in (1, 2, 4)
     ]
-    cases.append(
-        case("fsdp, no reshard", shards, "stage.micro_batch=2", "engine.reshard_after_forward=false")
-    )
+    cases.append(case("fsdp, no reshard", "stage.micro_batch=2", "engine.reshard_after_forward=false"))
     cases += [
-        case(f"checkpointing {kind}", shards, "stage.micro_batch=2", f"engine.checkpointing={kind}")
+        case(f"checkpointing {kind}", "stage.micro_batch=2", f"engine.checkpointing={kind}")
         for kind in ("block", "selective")
     ]
-    cases.append(case("reference kernels", shards, "stage.micro_batch=4", "kernels=reference"))
+    cases.append(case("reference kernels", "stage.micro_batch=4", "kernels=reference"))
     for name, rows in run_ranks(2, cases).items():
         check(name, rows, plain)
 
 
-def test_one_rank(plain: Rows, shards: Path, run_ranks: Run) -> None:
-    cases = [case("fsdp", shards, "stage.micro_batch=4")]
-    cases += [case(f"zero{n}", shards, *zero(n), "stage.micro_batch=4") for n in (0, 1, 3)]
+def test_one_rank(plain: Rows, case: Case, run_ranks: Run) -> None:
+    cases = [case("fsdp", "stage.micro_batch=4")]
+    cases += [case(f"zero{n}", *zero(n), "stage.micro_batch=4") for n in (0, 1, 3)]
     for name, rows in run_ranks(1, cases).items():
         check(name, rows, plain)
 
 
-def test_compiled_blocks(plain: Rows, shards: Path, run_ranks: Run) -> None:
-    cases = [case("fsdp, compiled", shards, "stage.micro_batch=4", "engine.compile=true")]
+def test_compiled_blocks(plain: Rows, case: Case, run_ranks: Run) -> None:
+    cases = [case("fsdp, compiled", "stage.micro_batch=4", "engine.compile=true")]
     for name, rows in run_ranks(1, cases).items():
         check(name, rows, plain)
 
 
-def test_optimizer_on_the_cpu(plain: Rows, shards: Path, run_ranks: Run, tmp_path: Path) -> None:
+def test_optimizer_on_the_cpu(plain: Rows, case: Case, run_ranks: Run, tmp_path: Path) -> None:
     """ZeRO's offload keeps the moments elsewhere; the numbers and the checkpoint stay the same."""
     words = ("engine.offload=true", "stage.micro_batch=2")
-    cases = [case(f"zero{n}, offload", shards, *zero(n), *words) for n in (1, 2, 3)]
+    cases = [case(f"zero{n}, offload", *zero(n), *words) for n in (1, 2, 3)]
     for name, rows in run_ranks(2, cases).items():
         check(name, rows, plain)
-    first = {**case("first", shards, *zero(2), *words), "steps": 10, "save": str(tmp_path)}
+    first = {**case("first", *zero(2), *words), "steps": 10, "save": str(tmp_path)}
     second = {
-        **case("second", shards, *zero(3), *words),
+        **case("second", *zero(3), *words),
         "steps": 10,
         "load": str(tmp_path / "step_00000010"),
     }
@@ -144,21 +141,19 @@ def test_optimizer_on_the_cpu(plain: Rows, shards: Path, run_ranks: Run, tmp_pat
     check("offloaded, saved and loaded", found["first"] + found["second"], plain)
 
 
-def test_four_ranks_and_hsdp(plain: Rows, shards: Path, run_ranks: Run) -> None:
+def test_four_ranks_and_hsdp(plain: Rows, case: Case, run_ranks: Run) -> None:
     cases = [
-        case("fsdp", shards, "stage.micro_batch=1"),
-        case("hsdp 2 x 2", shards, "stage.micro_batch=2", "engine.replicas=2"),
-        case("zero2", shards, *zero(2), "stage.micro_batch=2"),
+        case("fsdp", "stage.micro_batch=1"),
+        case("hsdp 2 x 2", "stage.micro_batch=2", "engine.replicas=2"),
+        case("zero2", *zero(2), "stage.micro_batch=2"),
     ]
     for name, rows in run_ranks(4, cases).items():
         check(name, rows, plain)
 
 
-def test_bf16_engines_agree_closely(shards: Path, run_ranks: Run) -> None:
-    cases = [case("fsdp", shards, "stage.micro_batch=2", "engine.precision=bf16")]
-    cases += [
-        case(f"zero{n}", shards, *zero(n), "stage.micro_batch=2", "engine.precision=bf16") for n in range(4)
-    ]
+def test_bf16_engines_agree_closely(case: Case, run_ranks: Run) -> None:
+    cases = [case("fsdp", "stage.micro_batch=2", "engine.precision=bf16")]
+    cases += [case(f"zero{n}", *zero(n), "stage.micro_batch=2", "engine.precision=bf16") for n in range(4)]
     found = run_ranks(2, cases)
     for name, rows in found.items():
         losses = [row["loss"] for row in rows]
@@ -167,12 +162,12 @@ def test_bf16_engines_agree_closely(shards: Path, run_ranks: Run) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_without_a_finite_gradient_is_skipped_everywhere(
-    shards: Path, run_ranks: Run, precision: str
+    case: Case, run_ranks: Run, precision: str
 ) -> None:
     """One rank's loss is NaN at step 3: no rank changes its weights, and the run goes on."""
     engines = {"fsdp": ("engine=fsdp",), **{f"zero{n}": zero(n) for n in range(4)}}
     cases = [
-        {**case(name, shards, *words, "stage.micro_batch=2", f"engine.precision={precision}"), "poison": 3}
+        {**case(name, *words, "stage.micro_batch=2", f"engine.precision={precision}"), "poison": 3}
         for name, words in engines.items()
     ]
     for name, rows in run_ranks(2, cases).items():
@@ -181,18 +176,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_everywhere(
         assert rows[-1]["loss"] < rows[0]["loss"] - 0.2, name
 
 
-def test_muon_is_the_same_on_one_and_two_ranks(shards: Path, run_ranks: Run) -> None:
+def test_muon_is_the_same_on_one_and_two_ranks(case: Case, run_ranks: Run) -> None:
     words = ("optim=muon", "optim.lr=3e-3", "optim.warmup_steps=4", "stage.micro_batch=2")
-    one = run_ranks(1, [case("muon", shards, *words)])["muon"]
-    two = run_ranks(2, [case("muon", shards, *words)])["muon"]
+    one = run_ranks(1, [case("muon", *words)])["muon"]
+    two = run_ranks(2, [case("muon", *words)])["muon"]
     np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-4)
     assert one[-1]["loss"] < one[0]["loss"] - 0.2
 
 
-def test_checkpoints_cross_engines_and_ranks(shards: Path, run_ranks: Run, tmp_path: Path) -> None:
+def test_checkpoints_cross_engines_and_ranks(case: Case, run_ranks: Run, tmp_path: Path) -> None:
     """FSDP2 -> every ZeRO stage -> FSDP2, on 2, 1, 4 and 2 ranks, against one undisturbed run."""
     more = ("stage.micro_batch=1", "stage.steps=40")
-    whole = run_ranks(2, [{**case("whole", shards, *more), "steps": 30}])["whole"]
+    whole = run_ranks(2, [{**case("whole", *more), "steps": 30}])["whole"]
     plan: list[tuple[int, tuple[str, ...]]] = [
         (2, ("engine=fsdp",)),
         (2, zero(2)),
@@ -203,21 +198,21 @@ def test_checkpoints_cross_engines_and_ranks(shards: Path, run_ranks: Run, tmp_p
     ]
     rows: Rows = []
     for index, (ranks, words) in enumerate(plan):
-        part = {**case("part", shards, *more, *words), "steps": 5, "save": str(tmp_path / str(index))}
+        part = {**case("part", *more, *words), "steps": 5, "save": str(tmp_path / str(index))}
         if index:
             part["load"] = str(tmp_path / str(index - 1) / f"step_{5 * index:08d}")
         rows += run_ranks(ranks, [part])["part"]
     check("2 -> 1 -> 4 ranks, FSDP2 and every ZeRO stage", rows, whole)
 
 
-def test_a_checkpoint_names_weights_not_engines(shards: Path, run_ranks: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_names_weights_not_engines(case: Case, run_ranks: Run, tmp_path: Path) -> None:
     """Saved by FSDP2 and by ZeRO-3 after the same steps, the files hold the same names and values."""
     from safetensors import safe_open
 
     cases = [
-        {**case("fsdp", shards, "stage.micro_batch=2"), "steps": 3, "save": str(tmp_path / "fsdp")},
+        {**case("fsdp", "stage.micro_batch=2"), "steps": 3, "save": str(tmp_path / "fsdp")},
         {
-            **case("zero3", shards, *zero(3), "stage.micro_batch=2"),
+            **case("zero3", *zero(3), "stage.micro_batch=2"),
             "steps": 3,
             "save": str(tmp_path / "zero3"),
         },

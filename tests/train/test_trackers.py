@@ -5,10 +5,9 @@ import json
 import math
 import os
 import socket
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +31,14 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
 
-def wandb_records(run_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (file, record) of every `.wandb` file: a 7-byte header, then LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        content, at, record = file.read_bytes(), 7, b""
-        while at < len(content):
-            if (room := 32768 - at % 32768) < 7:
-                at += room
-                continue
-            _, length, kind = struct.unpack_from("<IHB", content, at)
-            record += content[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):  # a whole record, or the last piece of one
-                yield file.name, Record.FromString(record)
-                record = b""
-
-
-def history(run_dir: Path, metric: str) -> list[tuple[int, float]]:
-    points = []
-    for _, record in wandb_records(run_dir):
-        if record.HasField("history"):
-            row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            if metric in row:
-                points.append((json.loads(row["step"]), json.loads(row[metric])))
-    return points
+History = Callable[[Path, str], list[tuple[int, float]]]
 
 
 def test_wandb_offline_has_metrics_config_samples_and_one_id_over_a_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    wandb_records: Callable[[Path], Iterator[tuple[str, Any]]],
+    wandb_history: History,
 ) -> None:
     wandb_config = ["tracker=wandb", "tracker.mode=offline", "tracker.tags=[a,b]", "tracker.group=g"]
     first = build_tracker(config(*wandb_config), tmp_path, None, is_main=True)
@@ -78,8 +55,8 @@ def test_wandb_offline_has_metrics_config_samples_and_one_id_over_a_resume(
     assert first.run_id and second.run_id == first.run_id
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and all(line.startswith("W&B: offline (as configured)") for line in printed)
-    assert history(tmp_path, "loss") == [(1, 4.0), (2, 2.0), (3, 4 / 3), (2, 2.5)]
-    assert math.isnan(history(tmp_path, "grad_norm")[0][1])
+    assert wandb_history(tmp_path, "loss") == [(1, 4.0), (2, 2.0), (3, 4 / 3), (2, 2.5)]
+    assert math.isnan(wandb_history(tmp_path, "grad_norm")[0][1])
 
     records = list(wandb_records(tmp_path))
     runs = [record.run for _, record in records if record.HasField("run")]
@@ -119,23 +96,23 @@ def segment(run_dir: Path, mode: str, **environment: str) -> subprocess.Complete
     )
 
 
-def test_auto_is_offline_without_a_key(tmp_path: Path) -> None:
+def test_auto_is_offline_without_a_key(tmp_path: Path, wandb_history: History) -> None:
     done = segment(tmp_path, "auto")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
     assert done.stdout.startswith(
         "W&B: offline (no API key; `wandb login` makes one); upload later with `wandb"
     )
-    assert history(tmp_path, "loss") == [(1, 1.0)]
+    assert wandb_history(tmp_path, "loss") == [(1, 1.0)]
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
-def test_offline_when_the_server_does_not_answer(tmp_path: Path, mode: str) -> None:
+def test_offline_when_the_server_does_not_answer(tmp_path: Path, wandb_history: History, mode: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # a port that nobody else can take, and is closed
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
     done = segment(tmp_path, mode, WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url)
     assert done.returncode == 0, done.stderr
     assert f"W&B: offline ({url} did not answer within 4 s)" in done.stdout
-    assert history(tmp_path, "loss") == [(1, 1.0)]
+    assert wandb_history(tmp_path, "loss") == [(1, 1.0)]
 
 
 def test_online_without_a_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
