@@ -42,7 +42,7 @@ Steps = Iterator[Any]
 
 
 def drivetrain(bf16: bool, compiled: bool) -> Steps:
-    from drivetrain.conf.schema import AdamWConfig, Device, FsdpConfig, Kernels, ModelConfig, Precision
+    from drivetrain.conf.schema import AdamWConfig, Device, FsdpConfig, ModelConfig, Precision
     from drivetrain.data.batch import Batch, batch_from_windows
     from drivetrain.kernels.linear_cross_entropy import linear_cross_entropy
     from drivetrain.model.initialize import initialize
@@ -63,7 +63,7 @@ def drivetrain(bf16: bool, compiled: bool) -> Steps:
     model_cfg = ModelConfig(name="bench", max_seq_len=S, **shape)
     cfg = FsdpConfig(name="fsdp", precision=Precision.bf16 if bf16 else Precision.fp32, compile=compiled)
     optim = AdamWConfig(name="adamw", lr=LR, grad_clip=CLIP)
-    model = build_model(model_cfg, Kernels.auto)
+    model = build_model(model_cfg, "sdpa")
     engine = FsdpEngine(
         cfg, optim, model_cfg, model, init_world(Device.cpu), lambda m: initialize(m, model_cfg, 0)
     )
@@ -72,7 +72,7 @@ def drivetrain(bf16: bool, compiled: bool) -> Steps:
         def read(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
             return linear_cross_entropy(hidden_TD, weight_VD, batch.targets_T, batch.loss_weights_T)
 
-        minimise, nll = module(batch.tokens_T, batch.positions_T, documents_of(batch, None), read)
+        minimise, nll = module(batch.tokens_T, batch.positions_T, documents_of(batch, None, "sdpa"), read)
         return minimise, {"loss": nll}
 
     for window in windows():

@@ -1,7 +1,10 @@
 """From command-line overrides to a `RunConfig`, and from a frozen `config.yaml` back to one."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -83,6 +86,21 @@ def to_run_config(composed: DictConfig, experiment: str | None) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML, which `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every dotted key and its plain value; enums as their names, a mixture's sources by their names."""
+
+    def walk(prefix: str, value: object) -> Iterator[tuple[str, Any]]:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        if isinstance(value, dict) and value:
+            for name, child in value.items():
+                yield from walk(f"{prefix}.{name}" if prefix else name, child)
+        else:
+            yield prefix, value.name if isinstance(value, Enum) else value
+
+    return dict(walk("", config))
 
 
 def load(path: Path) -> RunConfig:

@@ -38,10 +38,13 @@ class Schedule(Enum):
 
 
 class Kernels(Enum):
-    """Which implementation the model's operations use."""
+    """Which implementation the model's operations use: ours in Triton, PyTorch's own, flash-attn's attention among
+    our other ones, or the plain definitions. `auto` is triton on GPUs that can run it, else sdpa."""
 
     auto = "auto"
+    triton = "triton"
     sdpa = "sdpa"
+    flash_attn = "flash_attn"
     reference = "reference"
 
 

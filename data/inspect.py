@@ -59,7 +59,8 @@ def _split(directory: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     tokens, documents = manifest.tokens(name), sum(shard.documents for shard in shards)
     text_bytes = manifest.text_bytes.get(name, 0)
     every = -(-documents // _SAMPLED_LENGTHS)
-    lengths = np.concatenate([map_lengths(directory, shard)[::every] for shard in shards])
+    # Copies: every map that is held holds a descriptor.
+    lengths = np.concatenate([map_lengths(directory, shard)[::every].copy() for shard in shards])
     quantiles = np.quantile(lengths, list(QUANTILES.values()), method="nearest")
     return {
         "shards": len(shards),

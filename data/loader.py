@@ -44,7 +44,7 @@ def share_of(sequences_per_step: int, micro_batch: int, rank: int, world_size: i
 def open_sources(cfg: DataConfig, split: str, seq_len: int) -> dict[str, Windows]:
     """The windows of every source, by name; a single `data.path` is called "data"."""
     paths = {name: source.path for name, source in cfg.mixture.items()} or {"data": str(cfg.path)}
-    return {name: Windows(Path(path), split, seq_len) for name, path in paths.items()}
+    return {name: Windows(Path(path), split, seq_len, sharing=len(paths)) for name, path in paths.items()}
 
 
 class PretrainSource:

@@ -1,5 +1,6 @@
 """Windows over one split of a directory of shards, in a shuffled order that needs no memory."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,14 @@ from drivetrain.data.permutation import Permutation
 from drivetrain.data.shards import DTYPES, Manifest, map_tokens
 
 BLOCK = 4096  # places dealt at once: the permutation costs by the call and hardly by the place
+MAPS = 1 << 14  # open at once at most: Linux lets a process have 65,530 (vm.max_map_count)
+
+
+def open_maps() -> int:
+    """How many shards of one split may stay mapped: Python's mmap holds a descriptor for each. A quarter of what
+    the process may open: training and held-out data take half at most."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAPS if files == resource.RLIM_INFINITY else min(MAPS, files // 4)
 
 
 class Windows:
@@ -18,12 +27,13 @@ class Windows:
         directory: what `drivetrain data build` made.
         split: "train" or "held_out".
         seq_len: S.
+        sharing: how many `Windows`, this one among them, share out the maps that may be open.
 
     Raises:
         DataError: no manifest, no such split, or no shard with S + 1 tokens.
     """
 
-    def __init__(self, directory: Path, split: str, seq_len: int) -> None:
+    def __init__(self, directory: Path, split: str, seq_len: int, sharing: int = 1) -> None:
         self.directory, self.split, self.seq_len = directory, split, seq_len
         self.manifest = Manifest.read(directory)
         self.shards = self.manifest.split(split)
@@ -31,6 +41,7 @@ class Windows:
         self._first = np.concatenate(([0], np.cumsum(counts)))
         self.dtype = DTYPES[self.manifest.dtype]
         self._maps: dict[int, np.ndarray] = {}
+        self._most_maps = max(1, open_maps() // sharing)
         if len(self) == 0:
             raise DataError(
                 f"{directory} has no {split} shard with {seq_len + 1} tokens; lower stage.seq_len or build it "
@@ -61,6 +72,10 @@ class Windows:
         return out
 
     def _open(self, shard: int) -> np.ndarray:
+        if (
+            len(self._maps) >= self._most_maps
+        ):  # the oldest goes: in a shuffled order none is likelier than another
+            del self._maps[next(iter(self._maps))]
         self._maps[shard] = map_tokens(self.directory, self.shards[shard], self.manifest.dtype)
         return self._maps[shard]
 

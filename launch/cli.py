@@ -1,11 +1,11 @@
 """The command line. A verb imports what it needs inside its function, so that `--help` answers at once."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -23,6 +23,9 @@ tokenizer_app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
+# Typer brings a Click of its own or uses the one that is installed, and exports BadParameter, a UsageError, alone.
+CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException
+
 console = Console()
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Hydra overrides.")]
@@ -39,8 +42,7 @@ def launch(
     if multirun:
         from drivetrain.launch.sweep import sweep
 
-        results = sweep(overrides or [], console)
-        raise typer.Exit(1 if any(isinstance(result, DrivetrainError) for result in results) else 0)
+        raise typer.Exit(sweep(overrides or [], console).exit_status)
     from drivetrain.launch.job import launch as launch_job
 
     raise typer.Exit(launch_job(overrides or [], console).exit_status)
@@ -146,14 +148,16 @@ def data_verify(directory: Annotated[Path, typer.Argument(metavar="DIR")]) -> No
 def generate(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run directory.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option()] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option()] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a run's newest checkpoint."""
     from drivetrain.train.serve import Sampler
 
+    if not math.isfinite(temperature):
+        raise typer.BadParameter(f"'--temperature': {temperature} is not a finite number")
     sampler = Sampler(source)
     pieces = sampler.stream(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
     if as_json:
@@ -207,10 +211,10 @@ def main() -> None:
             raise
         _complain(str(error))
         sys.exit(error.exit_status)
-    except click.ClickException as error:
-        error.show()
+    except CLICK_ERROR as error:
+        _complain_of_usage(error)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -218,6 +222,14 @@ def main() -> None:
         _complain(f"{type(error).__name__}: {error} (run again with --debug for the trace)")
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _complain_of_usage(error: Any) -> None:
+    """One sentence, and where to read on; nothing where the help was asked for and has been shown."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "drivetrain"
+    if sentence := error.format_message().strip().rstrip("."):
+        _complain(f"{sentence} (see `{command} --help`)")
 
 
 def _complain(message: str) -> None:

@@ -4,19 +4,22 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from drivetrain.conf.compose import compose, load
+from drivetrain.conf.changes import changes, check_resume, check_run_dir, has_checkpoint, show
+from drivetrain.conf.compose import compose, flatten, load
 from drivetrain.conf.errors import ConfigError, DrivetrainError
-from drivetrain.conf.schema import RunConfig, TorchrunConfig
-from drivetrain.conf.validate import check_resume, check_run_dir, validate
+from drivetrain.conf.paths import absolute_paths, paths_at_resume
+from drivetrain.conf.schema import SCHEMAS, RunConfig, TorchrunConfig
+from drivetrain.conf.validate import validate
 from drivetrain.launch import local
-from drivetrain.launch.run_dir import default_run_dir, make_run_dir
+from drivetrain.launch.fit import check_machine, plan_here
+from drivetrain.launch.run_dir import default_run_dir, hold, make_run_dir, write_text
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped on request; `drivetrain resume` goes on
 
@@ -51,46 +54,61 @@ def launch(overrides: Sequence[str], console: Console) -> JobResult:
 
 def start(config: RunConfig, overrides: Sequence[str], console: Console) -> JobResult:
     """The same for a configuration that is composed already."""
-    validate(config)
+    config = absolute_paths(config)
+    check(config)
     run_dir = (Path(config.run_dir) if config.run_dir else default_run_dir(config)).absolute()
     check_run_dir(config, run_dir)
     config = replace(config, run_dir=str(run_dir))
-    if config.cluster.dry_run:
-        return _show(config, run_dir, console)
-    make_run_dir(config, overrides, run_dir)
-    return _begin(config, run_dir, console)
+    return _begin(config, overrides, run_dir, console)
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be known before a run directory is made.
+
+    Raises:
+        ConfigError: one sentence a line.
+    """
+    validate(config)
+    check_machine(config)
+    plan_here(config)
 
 
 def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResult:
     """Go on from the newest whole checkpoint; `overrides` are put on top of those of the start.
 
     Raises:
-        ConfigError: no run there, nothing to resume from, or a change that would change the data.
+        ConfigError: no run there, or a change that would change the data. JobFailed: a rank failed.
     """
     run_dir = run_dir.absolute()
     old = load(run_dir / "config.yaml")
-    said = (
-        (run_dir / "overrides.txt").read_text().splitlines() if (run_dir / "overrides.txt").is_file() else []
-    )
+    overrides_file = run_dir / "overrides.txt"
+    said = overrides_file.read_text().splitlines() if overrides_file.is_file() else []
     words = merge_overrides(said, overrides)
-    new = replace(compose(words), run_dir=str(run_dir)) if overrides else old
-    validate(new)
+    new = old
+    if overrides:
+        new = paths_at_resume(compose(words), flatten(compose(said)), flatten(old))
+    new = replace(new, run_dir=str(run_dir))
+    saved = has_checkpoint(run_dir)
+    # The run has a copy of its tokenizer, and once something is saved it starts from that.
+    check(replace(new, tokenizer=None, model=replace(new.model, init_from=None)) if saved else new)
     check_resume(old, new)
-    if not any((run_dir / "checkpoints").glob("step_*/complete.json")):
-        raise ConfigError(
-            f"{run_dir} has no whole checkpoint to resume from; start again with `drivetrain launch`"
-        )
-    if new.cluster.dry_run:
-        return _show(new, run_dir, console)
-    make_run_dir(new, words, run_dir)
-    return _begin(new, run_dir, console)
+    for key, (was, now) in changes(old, new).items():
+        console.print(f"{key}: {show(was)} -> {show(now)}", markup=False, highlight=False, soft_wrap=True)
+    if not saved:
+        console.print("nothing was saved yet: starting at step 0")
+    return _begin(new, words, run_dir, console)
 
 
 def merge_overrides(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """`new` on top of `old`: the same key is replaced, and another option of a group drops the group's keys."""
+    """`new` on top of `old`: the same key is replaced, and another option of a group keeps the keys that it has."""
     keys = {_key(word) for word in new}
-    groups = {key for key in keys if "." not in key}
-    kept = [word for word in old if _key(word) not in keys and _key(word).split(".")[0] not in groups]
+    groups = keys & set(SCHEMAS)
+    kept = [word for word in old if _key(word) not in keys]
+    if groups:
+        others = [word for word in kept if _key(word).split(".")[0] not in groups]
+        chosen = compose([*others, *new])
+        have = {f"{group}.{item.name}" for group in groups for item in fields(getattr(chosen, group))}
+        kept = [word for word in kept if word in others or ".".join(_key(word).split(".")[:2]) in have]
     return [*kept, *new]
 
 
@@ -110,16 +128,23 @@ def _show(config: RunConfig, run_dir: Path, console: Console) -> JobResult:
     return JobResult(run_dir, "dry run", None)
 
 
-def _begin(config: RunConfig, run_dir: Path, console: Console) -> JobResult:
-    match config.cluster:
-        case TorchrunConfig():
-            nodes = config.cluster.nodes
-            where = "this on each of the nodes, which share this folder" if nodes > 1 else "this"
-            console.print(f"[bold]{escape(str(run_dir))}[/bold] is ready. Run {where}:", soft_wrap=True)
-            console.print(command_line(config, run_dir), soft_wrap=True, markup=False, highlight=False)
-            return JobResult(run_dir, "prepared", None)
-        case _:
-            return _follow(config, run_dir, console)
+def _begin(config: RunConfig, overrides: Sequence[str], run_dir: Path, console: Console) -> JobResult:
+    line, fits = plan_here(config)
+    console.print(line if fits else f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    if config.cluster.dry_run:
+        return _show(config, run_dir, console)
+    with hold(run_dir):
+        make_run_dir(config, overrides, run_dir)
+        match config.cluster:
+            case TorchrunConfig():
+                nodes = config.cluster.nodes
+                where = "this on each of the nodes, which share this folder" if nodes > 1 else "this"
+                console.print(f"[bold]{escape(str(run_dir))}[/bold] is ready. Run {where}:", soft_wrap=True)
+                line = command_line(config, run_dir)
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
+                return JobResult(run_dir, "prepared", None)
+            case _:
+                return _follow(config, run_dir, console)
 
 
 def _follow(config: RunConfig, run_dir: Path, console: Console) -> JobResult:
@@ -133,15 +158,46 @@ def _follow(config: RunConfig, run_dir: Path, console: Console) -> JobResult:
         f"{config.stage.steps} steps of {config.stage.tokens_per_step:,} tokens"
     )
     console.print(f"[dim]{escape(str(run_dir))}[/dim]", soft_wrap=True)
-    summary_path = run_dir / "summary.json"
-    failure = local.run(config.cluster, run_dir)
-    if failure is not None:
-        if failure.exit_status != ConfigError.exit_status:  # a wrong setting leaves what was there as it was
-            failed = {"status": "failed", "reason": failure.reason}
-            summary_path.write_text(json.dumps(failed, indent=1) + "\n")
-        raise JobFailed(_sentence(failure), failure.exit_status)
-    summary: dict[str, Any] = json.loads(summary_path.read_text())
-    return JobResult(run_dir, summary["status"], summary["objective"])
+    before = _summary(run_dir)
+    match local.run(config.cluster, run_dir):
+        case local.Failure() as failure:
+            unwritten = ""
+            if (
+                failure.exit_status != ConfigError.exit_status
+            ):  # a wrong setting leaves what was there as it was
+                unwritten = _write_summary(run_dir, {"status": "failed", "reason": failure.reason})
+            raise JobFailed(_sentence(failure) + unwritten, failure.exit_status)
+        case local.Stopped() as stopped:
+            if (written := _summary(run_dir)) != before:  # rank 0 had time to save after all
+                return JobResult(run_dir, "preempted", written.get("objective"))
+            kept = before if stopped.before_training else {}
+            summary = {**kept, "status": "preempted", "reason": stopped.reason}
+            said = f"{stopped.reason}; `drivetrain resume {run_dir}` goes on"
+            console.print(said + _write_summary(run_dir, summary), markup=False, soft_wrap=True)
+            return JobResult(run_dir, "preempted", kept.get("objective"))
+    summary = _summary(run_dir)
+    if not summary:
+        raise JobFailed(f"the ranks ended well, and {run_dir / 'summary.json'} cannot be read", 1)
+    return JobResult(run_dir, summary["status"], summary.get("objective"))
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """What `summary.json` says; nothing where it is missing or torn."""
+    try:
+        found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write_summary(run_dir: Path, summary: dict[str, Any]) -> str:
+    """Returns what to add to a message where it cannot be written: the run's end has a reason of its own."""
+    path = run_dir / "summary.json"
+    try:
+        write_text(path, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        return f"\n{path} cannot be written: {error.strerror}"
+    return ""
 
 
 def _sentence(failure: local.Failure) -> str:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -28,6 +29,17 @@ class Failure:
     reason: str
     log: Path
     last_lines: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Somebody asked, and the ranks ended without saving."""
+
+    before_training: bool
+
+    @property
+    def reason(self) -> str:
+        return "stopped while it was starting" if self.before_training else "ended at once, without a save"
 
 
 def command(cluster: ClusterConfig, run_dir: Path) -> list[str]:
@@ -53,44 +65,55 @@ def environment(cluster: ClusterConfig) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(cluster: ClusterConfig, run_dir: Path) -> Failure | None:
+def run(cluster: ClusterConfig, run_dir: Path) -> Failure | Stopped | None:
     """Start the ranks, stream rank 0, forward SIGINT and SIGTERM to the ranks, wait.
 
     The first signal asks the ranks to save and leave; a second one ends them at once.
+
+    Returns:
+        None when every rank has ended well, its work done or saved on request.
     """
     for stale in (run_dir / "logs").glob("rank_*.error.json"):
         stale.unlink()
+    asked = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if process is not None:
+            _stop(process.pid, asked)
+
     with (run_dir / "logs" / "torchrun.log").open("a+") as log:
         start = log.seek(0, os.SEEK_END)
-        # A session of its own: a Ctrl-C at the terminal reaches this process alone, which decides.
-        process = subprocess.Popen(
-            command(cluster, run_dir),
-            stdout=None,
-            stderr=log,
-            env={**os.environ, **environment(cluster)},
-            start_new_session=True,
-        )
-        asked = 0
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
-            asked += 1
-            if asked == 1:
-                _signal_ranks(process.pid, signal.SIGTERM)
-            else:
-                _kill(process.pid)
-
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            # A session of its own: a Ctrl-C at the terminal reaches this process alone, which decides.
+            process = subprocess.Popen(
+                command(cluster, run_dir),
+                stdout=None,
+                stderr=log,
+                env={**os.environ, **environment(cluster)},
+                start_new_session=True,
+            )
+            if asked:
+                _stop(process.pid, asked)
             status = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 _kill(process.pid)
         log.seek(start)
         said = log.read()
-    return None if status == 0 else _explain(run_dir, status, said)
+    return None if status == 0 else _explain(run_dir, status, said, asked)
+
+
+def _stop(torchrun: int, asked: int) -> None:
+    if asked == 1:
+        _signal_ranks(torchrun, signal.SIGTERM)
+    else:
+        _kill(torchrun)
 
 
 def _kill(torchrun: int) -> None:
@@ -115,10 +138,17 @@ def _signal_ranks(torchrun: int, number: int) -> None:
             rank.send_signal(number)
 
 
-def _explain(run_dir: Path, status: int, said: str) -> Failure:
+def _explain(run_dir: Path, status: int, said: str, asked: int) -> Failure | Stopped:
     """Which rank failed first: one killed by a signal, else the first that left a reason of its own."""
     logs = run_dir / "logs"
     failed = [(int(match[1]), int(match[2])) for match in _FAILED.finditer(said)]
+    records = _records(logs)
+    # A rank that lost its peer, or that was interrupted on request, is a consequence.
+    own = [r for r in records if "Connection" not in r["message"] and not _interrupted(r)]
+    on_request = {-signal.SIGTERM, -signal.SIGINT} | ({-signal.SIGKILL} if asked > 1 else set())
+    left_a_record = {record["rank"] for record in records}
+    if asked and not own and all(code in on_request or rank in left_a_record for rank, code in failed):
+        return Stopped(before_training=asked == 1)
     for rank, code in failed:
         if code < 0 and code != -signal.SIGTERM:  # torchrun ends the others with SIGTERM
             reason = f"killed by {signal.Signals(-code).name}"
@@ -126,11 +156,8 @@ def _explain(run_dir: Path, status: int, said: str) -> Failure:
                 reason += " (out of memory? see dmesg)"
             log = logs / f"rank_{rank}.log"
             return Failure(rank, 1, reason, log, _tail(log))
-    records = [json.loads(path.read_text()) for path in logs.glob("rank_*.error.json")]
-    # A rank that lost its peer is a consequence.
-    own = [record for record in records if "Connection" not in record["message"]] or records
-    if own:
-        first = min(own, key=lambda record: record["time"])
+    if own or records:
+        first = min(own or records, key=lambda record: record["time"])
         log = logs / f"rank_{first['rank']}.log"
         return Failure(
             first["rank"], first["status"], first["message"], log, _tail(log) if first["trace"] else []
@@ -139,6 +166,19 @@ def _explain(run_dir: Path, status: int, said: str) -> Failure:
     return Failure(
         failed[0][0] if failed else None, 1, f"torchrun ended with status {status}", log, _tail(log)
     )
+
+
+def _records(logs: Path) -> list[dict[str, Any]]:
+    """What the ranks that failed have said of themselves; one that a full disk cut short is left out."""
+    found = []
+    for path in logs.glob("rank_*.error.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def _interrupted(record: dict[str, Any]) -> bool:
+    return str(record["message"]).startswith("KeyboardInterrupt")
 
 
 def _tail(path: Path) -> list[str]:

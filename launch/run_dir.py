@@ -1,17 +1,20 @@
 """The run directory: everything that is known about a run before it starts."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from drivetrain.conf.compose import to_yaml
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig
+from drivetrain.train.lock import lock_run_dir
 
 PACKAGES = (
     "drivetrain",
@@ -36,6 +39,24 @@ def default_run_dir(config: RunConfig) -> Path:
     return run_dir
 
 
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Make the folder where it is missing, and keep other jobs out of it.
+
+    Raises:
+        ConfigError: it cannot be made, or another job is at work there.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another run_dir") from error
+    handle = lock_run_dir(run_dir)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> None:
     """Freeze the configuration and what surrounds it.
 
@@ -44,15 +65,16 @@ def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> 
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        _write(run_dir / "overrides.txt", "".join(f"{word}\n" for word in overrides))
-        _write(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+        write_text(run_dir / "overrides.txt", "".join(f"{word}\n" for word in overrides))
+        write_text(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         patch = _git("diff", "HEAD", "--binary")
         if patch:
-            _write(run_dir / "dirty.patch", patch)
+            write_text(run_dir / "dirty.patch", patch)
         tokenizer = tokenizer_dir(config)
         if tokenizer is not None and not (run_dir / "tokenizer").exists():
-            shutil.copytree(tokenizer, run_dir / "tokenizer")
-        _write(run_dir / "config.yaml", to_yaml(config))  # last: a folder with it is a run directory
+            shutil.copytree(tokenizer, run_dir / "tokenizer.tmp", dirs_exist_ok=True)
+            (run_dir / "tokenizer.tmp").rename(run_dir / "tokenizer")
+        write_text(run_dir / "config.yaml", to_yaml(config))  # last: a folder with it is a run directory
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another run_dir") from error
 
@@ -68,7 +90,8 @@ def tokenizer_dir(config: RunConfig) -> Path | None:
     return beside if beside.is_dir() else None
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one motion."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

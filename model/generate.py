@@ -1,6 +1,6 @@
 """Continue a prompt, one token at a time, by running the whole text again: no cache yet, right on every engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ def generate(
     sliding_window: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[tuple[int, float]]:
     """Yield (token, its log-probability under the model at temperature 1) until `stop_id` or `max_tokens`.
 
@@ -30,6 +31,8 @@ def generate(
         prompt: at least one token. Past `max_seq_len` the oldest tokens are left out.
         vocab_size: tokens from here on (padding of the matrix) are never drawn.
         temperature: 0 takes the likeliest token.
+        agree: makes one token of those that the ranks drew. Their logits may differ in the last bit, and a rank
+            that stopped alone would leave the others waiting in the next forward pass.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -43,7 +46,7 @@ def generate(
         with torch.compiler.set_stance("force_eager"):
             logits_V = model(tokens_T, torch.arange(T, device=device), documents, _last_logits)
         logprobs_V = logits_V[:vocab_size].cpu().log_softmax(dim=-1)
-        token = _draw(logprobs_V, temperature, generator)
+        token = agree(_draw(logprobs_V, temperature, generator))
         tokens.append(token)
         yield token, float(logprobs_V[token])
         if token == stop_id:

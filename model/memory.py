@@ -22,6 +22,7 @@ from drivetrain.conf.schema import (
     RunConfig,
     ZeroConfig,
 )
+from drivetrain.kernels.chunks import CHUNK_TOKENS, TILE_ELEMENTS, chunk_tokens
 from drivetrain.model.flops import ParameterCount, parameter_count
 
 # A step's peaks: all activations and a chunk of logits; the last block's backward pass; the first block's, with
@@ -30,8 +31,6 @@ MOMENTS = ("loss", "backward_begins", "backward_ends", "update")
 PARTS = ("weights", "optimizer", "gradients", "buffers", "activations", "working_set")
 
 USABLE = 0.9  # the rest: CUDA context, NCCL's buffers, and what the allocator cannot use
-LOSS_CHUNK = 1024  # tokens: kernels/linear_cross_entropy.py holds the logits of so many at once
-LOSS_TILE = 1 << 19  # elements: and in its softmax on a CPU so many
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size, an upper bound here
 LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters
 PREFETCH = 50_000_000  # elements: DeepSpeed's stage3_prefetch_bucket_size
@@ -86,9 +85,8 @@ def estimate(config: RunConfig, micro_batch: int, device: Device | None = None) 
     count = parameter_count(model)
     state = _engine_state(config, count, accumulates)
     blocks, working = block_activations(config, tokens, on_cpu)
-    # cos and sin in fp32; tokens, targets, positions and weights; the mask of documents, boolean and as a bias.
-    mask = (1 + element_bytes(config.engine.precision)) * config.stage.seq_len
-    shared = tokens * (4 * model.head_dim + 20 + mask)
+    # cos and sin in fp32; tokens, targets, positions and weights; who sees whom.
+    shared = tokens * (4 * model.head_dim + 20 + _view(config, on_cpu))
     ends, loss = _head(config, tokens, on_cpu)
     kept = shared + model.layers * blocks
     activations = (kept + ends, kept, shared + blocks, 0)
@@ -178,6 +176,23 @@ def block_activations(config: RunConfig, tokens: int, on_cpu: bool = False) -> t
     return tokens * kept, tokens * working
 
 
+def _fused(config: RunConfig, on_cpu: bool) -> bool:
+    """Whether Triton's kernels run; `auto` means them on a GPU (model/backend.py), flash_attn those but one."""
+    return config.kernels in (Kernels.triton, Kernels.flash_attn) or (
+        config.kernels is Kernels.auto and not on_cpu
+    )
+
+
+def _view(config: RunConfig, on_cpu: bool) -> int:
+    """Bytes a token of what attention is told about the documents (kernels/attention.py)."""
+    if config.kernels in (Kernels.reference, Kernels.flash_attn):
+        return 0
+    if _fused(config, on_cpu):
+        return 16  # four int32
+    # sdpa: a mask of S entries, boolean and as a bias.
+    return (1 + element_bytes(config.engine.precision)) * config.stage.seq_len
+
+
 def _unfused_norm(e: int, width: int) -> int:
     """Bytes a token that a norm of `width` keeps beside a fused one's: its normalised output in fp32, and a
     widened copy of its input where that is not fp32 already."""
@@ -188,22 +203,29 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     """Bytes kept between the last block and the loss, and the loss's working set.
 
     The last norm's input and output are kept, and the gradient of the output is written in the forward pass.
-    The chunked loss holds C x V logits and the fp32 gradient of the head (V x D); in bf16 also an fp32 copy of
-    the logits that go through the softmax together, on a CPU a tile of them and else all, and one chunk's part
-    of the head's gradient. The reference holds all T x V logits three times.
+    The chunked loss holds C x V logits and the gradient of the head (V x D), in fp32 where there are several
+    chunks. In plain PyTorch in bf16 also an fp32 copy of the logits that go through the softmax together, on a
+    CPU a tile of them and else all, and one chunk's part of the head's gradient; with Triton's kernels that
+    gradient once more in bf16, when the logits are gone. The reference holds all T x V logits three times.
     """
     model, e = config.model, element_bytes(config.engine.precision)
-    table = model.vocab_size * model.dim
-    ends = tokens * (2 * e * model.dim + 4)
+    dim, vocab = model.dim, model.vocab_size
+    table, narrow = vocab * dim, e == 2
+    ends = tokens * (2 * e * dim + 4)
     if on_cpu or config.kernels is Kernels.reference:
-        ends += tokens * _unfused_norm(e, model.dim)
+        ends += tokens * _unfused_norm(e, dim)
     if config.kernels is Kernels.reference:
-        return ends, tokens * model.vocab_size * 12
-    chunk = min(LOSS_CHUNK, tokens) * model.vocab_size
-    narrow = e == 2
-    widened = (max(min(chunk, LOSS_TILE), model.dim) if on_cpu else chunk) if narrow else 0
-    loss = e * chunk + 4 * widened + (4 + e * narrow) * table
-    return ends, loss + tokens * e * model.dim
+        return ends, tokens * vocab * 12
+    if _fused(config, on_cpu):
+        size = chunk_tokens(tokens, vocab, dim, e)
+        several = tokens > size
+        logits, gradient = e * min(size, tokens) * vocab, (4 if several else e) * table
+        loss = gradient + max(logits, e * table if several and narrow else 0)
+    else:
+        chunk = min(CHUNK_TOKENS, tokens) * vocab
+        widened = (max(min(chunk, TILE_ELEMENTS), dim) if on_cpu else chunk) if narrow else 0
+        loss = e * chunk + 4 * widened + (4 + e * narrow) * table
+    return ends, loss + tokens * e * dim
 
 
 def _engine_state(config: RunConfig, count: ParameterCount, accumulates: bool) -> _State:

@@ -17,28 +17,32 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from drivetrain.conf.schema import Checkpointing, Kernels, ModelConfig, RopeScaling
+from drivetrain.conf.schema import Checkpointing, ModelConfig, RopeScaling
 from drivetrain.kernels.attention import Documents, attention
-from drivetrain.kernels.rms_norm import rms_norm
+from drivetrain.kernels.rms_norm import add_rms_norm, rms_norm
 from drivetrain.kernels.rope import rope, rope_frequencies, rope_tables
 from drivetrain.kernels.swiglu import swiglu
 
 R = TypeVar("R")
 
 
-def backend_of(kernels: Kernels) -> str:
-    """The name under which the operations know an implementation."""
-    return "reference" if kernels is Kernels.reference else "sdpa"
-
-
-class RMSNorm(nn.Module):
+class _Norm(nn.Module):
     def __init__(self, width: int, eps: float, backend: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps, self.backend = eps, backend
 
+
+class RMSNorm(_Norm):
     def forward(self, x_TD: Tensor) -> Tensor:
         return rms_norm(x_TD, self.weight, eps=self.eps, backend=self.backend)
+
+
+class AddRMSNorm(_Norm):
+    """The norm of x + residual, and that sum."""
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x_TD, residual_TD, self.weight, eps=self.eps, backend=self.backend)
 
 
 class Attention(nn.Module):
@@ -86,7 +90,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps, backend)
         self.attn = Attention(cfg, backend)
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, backend)
+        self.mlp_norm = AddRMSNorm(cfg.dim, cfg.norm_eps, backend)
         self.mlp = MLP(cfg, backend)
         self.checkpointing = Checkpointing.none
 
@@ -107,13 +111,15 @@ class Block(nn.Module):
         )
 
     def _run(self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents) -> Tensor:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), cos_Th, sin_Th, documents)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+        attended_TD = self.attn(self.attn_norm(x_TD), cos_Th, sin_Th, documents)
+        normed_TD, x_TD = self.mlp_norm(attended_TD, x_TD)
+        return x_TD + self.mlp(normed_TD)
 
 
 _SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.drivetrain.attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -203,10 +209,14 @@ def _frequencies(cfg: ModelConfig) -> Tensor:
     )
 
 
-def build_model(cfg: ModelConfig, kernels: Kernels, device: str = "meta") -> Transformer:
-    """The model without weights, by default on the meta device: nothing is allocated."""
+def build_model(cfg: ModelConfig, backend: str, device: str = "meta") -> Transformer:
+    """The model without weights, by default on the meta device: nothing is allocated.
+
+    Args:
+        backend: from `backend_of`.
+    """
     with torch.device(device):
-        return Transformer(cfg, backend_of(kernels))
+        return Transformer(cfg, backend)
 
 
 def fused_rows(cfg: ModelConfig, name: str) -> list[int] | None:

@@ -1,5 +1,6 @@
 """One rank: `python -m drivetrain.train RUN_DIR`, under torchrun, accelerate, deepspeed, srun, or alone."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,11 +8,14 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from drivetrain.conf.compose import load
 from drivetrain.conf.errors import ConfigError, DrivetrainError
-from drivetrain.conf.schema import RunConfig
-from drivetrain.train.process import end_process
+from drivetrain.train.process import allow_many_files, end_process
+from drivetrain.train.stop import Stop
+
+if TYPE_CHECKING:  # importing Hydra and torch takes seconds, in which a signal must find somebody who listens
+    from drivetrain.conf.schema import RunConfig
 
 
 def main(arguments: list[str]) -> int:
@@ -20,6 +24,8 @@ def main(arguments: list[str]) -> int:
     Returns:
         0 when completed or preempted (`summary.json` says which), 1 on failure, 2 on a wrong setting.
     """
+    stop = Stop()
+    stop.listen()
     arguments = [word for word in arguments if not word.startswith("--local_rank=")]  # deepspeed's launcher
     if len(arguments) != 1:
         print("usage: python -m drivetrain.train RUN_DIR", file=sys.stderr)
@@ -27,15 +33,17 @@ def main(arguments: list[str]) -> int:
     run_dir = Path(arguments[0]).resolve()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     _redirect(run_dir, rank)
+    allow_many_files()
     try:
-        config = load(run_dir / "config.yaml")
-        train(config, run_dir)
+        from drivetrain.conf.compose import load
+
+        train(load(run_dir / "config.yaml"), run_dir, stop)
     except BaseException as error:
         return _failed(run_dir, rank, error)
     return 0
 
 
-def train(config: RunConfig, run_dir: Path) -> None:
+def train(config: "RunConfig", run_dir: Path, stop: Stop) -> None:
     """Build everything the configuration names, and loop."""
     from drivetrain.train.build import build_run
     from drivetrain.train.mesh import init_world, leave_world
@@ -45,7 +53,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     digest = hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest()
     if not world.all_equal(digest):
         raise ConfigError(f"the ranks have read different configurations from {run_dir / 'config.yaml'}")
-    run = build_run(config, run_dir, world)
+    run = build_run(config, run_dir, world, stop)
     status = "failed"
     try:
         outcome = run.loop.run()
@@ -70,13 +78,20 @@ def _redirect(run_dir: Path, rank: int) -> None:
 
 
 def _failed(run_dir: Path, rank: int, error: BaseException) -> int:
-    """Leave the reason where the launcher and a person find it; no clean-up that could hang on other ranks."""
+    """Leave the reason where the launcher and a person find it; no clean-up that could hang on other ranks.
+
+    A full disk may be the reason, and then takes neither log nor record: standard output is left.
+    """
     expected = isinstance(error, DrivetrainError)
     status = error.exit_status if isinstance(error, DrivetrainError) else 1
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     record = {"rank": rank, "time": time.time(), "status": status, "message": message, "trace": not expected}
-    (run_dir / "logs" / f"rank_{rank}.error.json").write_text(json.dumps(record))
+    try:
+        (run_dir / "logs" / f"rank_{rank}.error.json").write_text(json.dumps(record))
+    except OSError:
+        print(f"rank {rank} failed: {message}")
     return status
 
 

@@ -13,15 +13,18 @@ import torch.distributed as dist
 from drivetrain.conf.errors import CheckpointError, ConfigError
 from drivetrain.conf.schema import Device, FsdpConfig, PretrainConfig, RunConfig, ZeroConfig
 from drivetrain.data.loader import Prefetcher, share_of
+from drivetrain.model.backend import backend_of
 from drivetrain.model.initialize import initialize
 from drivetrain.model.memory import choose_micro_batch
 from drivetrain.model.transformer import Transformer, build_model, unique_parameters
 from drivetrain.train import checkpoint
 from drivetrain.train.engine.base import Engine, Fill
-from drivetrain.train.loop import Loop, Outcome
+from drivetrain.train.lock import lock_run_dir
+from drivetrain.train.loop import Loop, Outcome, begin
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import peak_memory_bytes, write_summary
 from drivetrain.train.stages.pretrain import PretrainStage
+from drivetrain.train.stop import Stop
 from drivetrain.train.watch import Watch
 
 
@@ -61,19 +64,21 @@ class Run:
         self.loop.watch.close(status)
 
 
-def build_run(config: RunConfig, run_dir: Path, world: World) -> Run:
+def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run:
     """Everything on this rank, restored from the newest whole checkpoint of `run_dir` if it has one."""
     _seed(config.seed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    folder, notes = _resume_point(run_dir, world)
+    if world.is_main:
+        lock_run_dir(run_dir)
+    folder, notes = resume_point(run_dir, world)
     state = checkpoint.read_state(folder) if folder is not None else None
     start = int(state["step"]) if state is not None else 0
     if start >= config.stage.steps:
         raise ConfigError(
             f"{run_dir} has done {start} of stage.steps={config.stage.steps}; give a larger stage.steps to go on"
         )
-    watch = Watch(config, run_dir, world, start, state["tracker_run_id"] if state else None)
+    watch = Watch(config, run_dir, world, start, state["tracker_run_id"] if state else None, stop)
     for note in notes:
         watch.note(note)
 
@@ -93,12 +98,12 @@ def build_run(config: RunConfig, run_dir: Path, world: World) -> Run:
     )
     stage.source = prefetcher
     checkpointer = checkpoint.Checkpointer(run_dir / "checkpoints", config.checkpoint, world)
-    loop = Loop(config, world, engine, stage, checkpointer, watch, start)
+    loop = Loop(config, world, engine, stage, checkpointer, watch, begin(state))
     return Run(config, run_dir, world, loop, prefetcher, start if folder is not None else None)
 
 
 def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
-    model = build_model(config.model, config.kernels)
+    model = build_model(config.model, backend_of(config.kernels, world.device))
     match config.engine:
         case FsdpConfig():
             from drivetrain.train.engine.fsdp import FsdpEngine
@@ -129,7 +134,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _resume_point(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
+def resume_point(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, chosen by rank 0 for all, and what it said on the way.
 
     Raises:
@@ -141,6 +146,8 @@ def _resume_point(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
     if world.is_main:
         chosen[0] = checkpoint.newest_whole(folder, notes.append)
         chosen[2] = bool(checkpoint.complete_steps(folder))
+        if chosen[0] is not None:
+            checkpoint.set_aside(folder, chosen[0], notes.append)
     dist.broadcast_object_list(chosen, src=0)
     step, notes, any_saved = chosen
     if step is None and any_saved:

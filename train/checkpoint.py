@@ -7,15 +7,18 @@ the xxh3 digest of every file. A folder without that marker does not count. Noth
 
 import json
 import os
+import platform
 import re
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -27,12 +30,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from drivetrain.conf.errors import CheckpointError
-from drivetrain.conf.schema import CheckpointConfig
+from drivetrain.conf.schema import CheckpointConfig, RunConfig
 from drivetrain.data.shards import hash_file, sync_directory
 from drivetrain.train.mesh import World
 
 MARKER = "complete.json"
 STATE = "state.json"
+PACKAGES = ("drivetrain", "torch", "triton", "deepspeed", "numpy")  # whose versions it records
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -78,6 +82,20 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> int | None:
             continue
         return step
     return None
+
+
+def set_aside(folder: Path, step: int, say: Callable[[str], None]) -> None:
+    """Rename the complete checkpoints after `step`, which a resume passed over, to `*.corrupt`.
+
+    Under their own names they would be the newest ones, and pruning would keep them instead of whole ones.
+    """
+    for newer in complete_steps(folder):
+        if newer > step:
+            path = folder / checkpoint_name(newer)
+            aside = path.with_name(path.name + ".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"{path} is kept as {aside.name}; remove it when nobody needs it")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -143,7 +161,7 @@ class _Writer(HuggingFaceStorageWriter):
         _write_synced(self.temporary / STATE, json.dumps(self.state, indent=1))
         digests[STATE] = hash_file(self.temporary / STATE)
         _write_synced(self.temporary / MARKER, json.dumps({"files": digests}, indent=1))
-        if self.final.exists():  # a corrupt checkpoint of the same step that a resume passed over
+        if self.final.exists():  # a folder that lost its marker: it did not count
             shutil.rmtree(self.final)
         self.temporary.rename(self.final)
         sync_directory(self.final.parent)
@@ -156,6 +174,21 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def origin(config: RunConfig) -> dict[str, Any]:
+    """The configuration and the versions that a checkpoint comes from, as JSON takes them."""
+    return {
+        "config": OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @dataclass(slots=True)
 class _Pending:
     step: int
@@ -165,7 +198,7 @@ class _Pending:
 class Checkpointer:
     """Saves without stopping the training, keeps what the configuration says, never touches the last whole one.
 
-    Every method is collective.
+    Every method but `finished` is collective.
     """
 
     def __init__(self, folder: Path, cfg: CheckpointConfig, world: World) -> None:
@@ -204,9 +237,9 @@ class Checkpointer:
         self._prune()
         return None
 
-    def finished(self) -> int | None:
-        """The step of a background save that has ended, for the loop to announce; does not block."""
-        return self._pending.step if self._pending is not None and self._pending.done.done() else None
+    def finished(self) -> bool:
+        """Whether a background save has ended on this rank; once it has on all, `wait` does not block."""
+        return self._pending is not None and self._pending.done.done()
 
     def wait(self) -> str | None:
         """Let a background save end. Returns why it failed, or None."""

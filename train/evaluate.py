@@ -17,8 +17,10 @@ from drivetrain.train.engine.base import Engine, Loss, LossSums
 from drivetrain.train.mesh import World
 
 
-def documents_of(batch: Batch, sliding_window: int | None) -> Documents:
-    return make_documents(batch.cu_seqlens, batch.max_seqlen, batch.tokens, batch.row_len, sliding_window)
+def documents_of(batch: Batch, sliding_window: int | None, backend: str) -> Documents:
+    return make_documents(
+        batch.cu_seqlens, batch.max_seqlen, batch.tokens, batch.row_len, sliding_window, backend=backend
+    )
 
 
 class HeldOut:

@@ -5,10 +5,10 @@ from typing import Any
 
 from drivetrain.conf.errors import CheckpointError, DrivetrainError
 from drivetrain.conf.schema import RunConfig
-from drivetrain.train.checkpoint import Checkpointer
+from drivetrain.train.checkpoint import Checkpointer, origin
 from drivetrain.train.engine.base import Engine
 from drivetrain.train.mesh import World
-from drivetrain.train.metrics import Alarms, Pace
+from drivetrain.train.metrics import Alarms, Pace, plain
 from drivetrain.train.optim import lr_factor
 from drivetrain.train.stages.base import Stage
 from drivetrain.train.watch import Watch
@@ -16,13 +16,22 @@ from drivetrain.train.watch import Watch
 
 @dataclass(slots=True)
 class Outcome:
-    """How the loop ended. `last` and `best` hold the newest metrics and the best of each `eval/*` loss."""
+    """Where the run stands, and how it ended. `last` and `best` hold the newest metrics and the best of each
+    `eval/*` number, `skipped` how many steps had no finite gradient."""
 
     status: str
     step: int
-    last: dict[str, float] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
     pace: Pace = field(default_factory=Pace)
+
+
+def begin(state: dict[str, Any] | None) -> Outcome:
+    """Where a checkpoint's state left off; without one, the very beginning."""
+    if state is None:
+        return Outcome("completed", 0)
+    return Outcome("completed", int(state["step"]), state["last"], state["best"], int(state["skipped"]))
 
 
 @dataclass(slots=True)
@@ -33,18 +42,21 @@ class Loop:
     stage: Stage
     checkpointer: Checkpointer
     watch: Watch
-    start_step: int = 0
+    outcome: Outcome
 
     def run(self) -> Outcome:
-        """Train from `start_step` to `stage.steps`, or until somebody asks to stop.
+        """Train from where `outcome` stands to `stage.steps`, or until somebody asks to stop.
 
         Raises:
             DrivetrainError: too many steps in a row had no finite gradient.
             CheckpointError: the last checkpoint could not be written.
         """
-        cfg, outcome = self.config.stage, Outcome("completed", self.start_step)
-        alarms = Alarms(self.config.alarms)
-        for step in range(self.start_step + 1, cfg.steps + 1):
+        cfg, outcome = self.config.stage, self.outcome
+        alarms = Alarms(self.config.alarms, outcome.skipped)
+        if self._asked_to_stop():  # while everything was starting: there is nothing to save
+            outcome.status = "preempted"
+            return outcome
+        for step in range(outcome.step + 1, cfg.steps + 1):
             outcome.pace.begin()
             batches = self.stage.source.next_step()
             digest = sum(batch.digest for batch in batches) % (1 << 64)
@@ -54,7 +66,6 @@ class Loop:
             metrics |= self.stage.after_step(self.engine, step)
             outcome.pace.end(cfg.tokens_per_step)
             outcome.step = step
-
             for sentence in alarms.check(step, metrics["loss"], result.skipped):
                 self.watch.alarm(sentence)
             if alarms.gave_up:
@@ -62,7 +73,8 @@ class Loop:
                     f"{alarms.skipped_in_a_row} steps in a row had no finite gradient, the last one step {step}; "
                     "lower optim.lr, or resume from a checkpoint with other data"
                 )
-            stop = self.world.any(self.watch.stop_requested)
+            outcome.skipped = alarms.skipped_total
+            stop = self._asked_to_stop()
             last = stop or step == cfg.steps
             evaluate = bool(cfg.eval_every) and (step % cfg.eval_every == 0 or (last and not stop))
             if evaluate:
@@ -70,10 +82,7 @@ class Loop:
                 _keep_best(outcome.best, metrics)
             if evaluate or last or step % cfg.log_every == 0:
                 metrics |= {"grad_norm": result.grad_norm, "lr": self.config.optim.lr * factor}
-                metrics |= {
-                    "data_digest": f"{self.world.sum_u64(digest):016x}",
-                    "skipped": alarms.skipped_total,
-                }
+                metrics |= {"data_digest": f"{self.world.sum_u64(digest):016x}", "skipped": outcome.skipped}
                 self.watch.log(step, metrics, outcome.pace)
                 outcome.last = metrics
             if last or (cfg.save_every and step % cfg.save_every == 0):
@@ -82,6 +91,14 @@ class Loop:
                 outcome.status = "preempted"
                 break
         return outcome
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was asked. The same all-reduce tells when a background save has ended on all of them."""
+        flags = [float(self.watch.stop_requested), float(self.checkpointer.finished())]
+        asked, saved = self.world.sum(flags)
+        if saved == self.world.size and (failed := self.checkpointer.wait()):
+            self.watch.alarm(failed)
+        return asked > 0
 
     def _evaluate(self, step: int) -> dict[str, float]:
         found = self.stage.evaluate(self.engine)
@@ -98,6 +115,10 @@ class Loop:
             "seed": self.config.seed,
             "world_size": self.world.size,
             "engine": self.config.engine.name,
+            "last": plain(self.outcome.last),
+            "best": self.outcome.best,
+            "skipped": self.outcome.skipped,
+            **origin(self.config),
         }
         failed = self.checkpointer.save(step, self.engine.tensors(), state)
         if last:

@@ -47,6 +47,12 @@ class World:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least.item())
 
+    def from_main(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        shared = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared.item())
+
     def all_equal(self, text: str) -> bool:
         """True on every rank when all ranks hold the same text."""
         texts: list[str | None] = [None] * self.size

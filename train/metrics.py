@@ -1,5 +1,6 @@
 """What a run writes about itself: `metrics.jsonl`, `samples.jsonl`, `summary.json`; and its alarms."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,8 +8,9 @@ import resource
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -17,30 +19,53 @@ from drivetrain.conf.schema import AlarmConfig
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same, with null for what JSON cannot say: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:
-    """One JSON object a line, flushed at once. A resume drops what was logged after its checkpoint."""
+    """One JSON object a line, flushed at once. A resume drops what was logged after its checkpoint.
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    A disk that takes no more lines is warned about once and never stops the training.
+
+    Args:
+        start_step: the last step to keep. warn: told why a line could not be written.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, warn: Callable[[str], object]) -> None:
+        self._warn, self._warned = warn, False
         for name in (METRICS, SAMPLES):
             _drop_after(run_dir / name, start_step)
         self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self._samples = (run_dir / SAMPLES).open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
-        print(json.dumps({key: _plain(value) for key, value in row.items()}), file=self._metrics, flush=True)
+        self._write(self._metrics, json.dumps(plain(row)))
 
     def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         for prompt, completion in rows:
             text = json.dumps({"step": step, "prompt": prompt, "completion": completion}, ensure_ascii=False)
-            print(text, file=self._samples, flush=True)
+            self._write(self._samples, text)
+
+    def _write(self, file: TextIO, line: str) -> None:
+        try:
+            print(line, file=file, flush=True)
+        except OSError as error:
+            if not self._warned:
+                self._warn(
+                    f"{file.name} takes no more lines: {error.strerror}; the training goes on without them"
+                )
+            self._warned = True
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            with contextlib.suppress(OSError):  # closing writes what was refused once more
+                file.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -74,7 +99,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Replace `summary.json` in one motion."""
     temporary = run_dir / (SUMMARY + ".tmp")
     with temporary.open("w") as file:
-        json.dump({key: _plain(value) for key, value in summary.items()}, file, indent=1)
+        json.dump(plain(summary), file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -89,12 +114,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Alarms:
-    """Says when the loss spikes or the gradient is not finite."""
+    """Says when the loss spikes or the gradient is not finite. `skipped_total` counts from what it is given."""
 
-    def __init__(self, cfg: AlarmConfig) -> None:
+    def __init__(self, cfg: AlarmConfig, skipped_total: int = 0) -> None:
         self._cfg = cfg
         self._losses: deque[float] = deque(maxlen=cfg.window)
-        self.skipped_total = self.skipped_in_a_row = 0
+        self.skipped_total, self.skipped_in_a_row = skipped_total, 0
 
     def check(self, step: int, loss: float, skipped: bool) -> list[str]:
         """Sentences about this step; most steps have none."""

@@ -1,8 +1,18 @@
-"""The end of a rank's process."""
+"""The beginning and the end of a rank's process."""
 
 import os
+import resource
 import sys
 from typing import NoReturn
+
+
+def allow_many_files() -> None:
+    """Raise the number of files that may be open to what the system allows: a mapped shard counts as one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # macOS says "unlimited" and refuses it
+        return
 
 
 def end_process(status: int) -> NoReturn:

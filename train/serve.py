@@ -9,6 +9,7 @@ import torch
 
 from drivetrain.conf.compose import load
 from drivetrain.data.tokenizer import eos_id, load_tokenizer
+from drivetrain.model.backend import backend_of
 from drivetrain.model.generate import generate
 from drivetrain.model.transformer import build_model, unique_parameters
 from drivetrain.train import checkpoint
@@ -39,7 +40,7 @@ class Sampler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(run_dir / "tokenizer")
         self.eos_id = eos_id(run_dir / "tokenizer")
-        self.model = build_model(config.model, config.kernels)
+        self.model = build_model(config.model, backend_of(config.kernels, self.device))
         self.model.materialize(self.device)
         self.model.requires_grad_(False)
         checkpoint.load_tensors(folder, {f"model.{name}": p for name, p in unique_parameters(self.model)})

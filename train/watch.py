@@ -1,8 +1,6 @@
-"""Everything that looks at a run: the live line, the files, the tracker, the signals. Rank 0 does most of it."""
+"""Everything that looks at a run: the live line, the files, the tracker. Rank 0 does most of it."""
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from drivetrain.conf.schema import Precision, RunConfig
@@ -10,33 +8,36 @@ from drivetrain.model.flops import peak_flops, train_flops_per_token
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import MetricsFile, Pace, peak_memory_bytes
 from drivetrain.train.progress import Progress
+from drivetrain.train.stop import Stop
 from drivetrain.train.trackers import build_tracker
 
 
 class Watch:
-    """Logs on rank 0, and notes on every rank that somebody asked to stop."""
+    """Logs on rank 0, and knows on every rank whether somebody asked to stop."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, world: World, start_step: int, run_id: str | None
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        world: World,
+        start_step: int,
+        run_id: str | None,
+        stop: Stop,
     ) -> None:
-        self._world, self._config = world, config
-        self.stop_requested = False
-        self._files = MetricsFile(run_dir, start_step) if world.is_main else None
+        self._world, self._config, self._stop = world, config, stop
+        self._files = MetricsFile(run_dir, start_step, self.alarm) if world.is_main else None
         self._tracker = build_tracker(config, run_dir, run_id, world.is_main)
         self._progress = Progress(config.stage.steps, start_step) if world.is_main else None
         self._flops = train_flops_per_token(config.model, config.stage.seq_len)
         self._peak = _peak(world, config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
 
     @property
     def run_id(self) -> str | None:
         return self._tracker.run_id
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.stop_requested = True
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop.requested
 
     def note(self, text: str) -> None:
         if self._progress is not None:
@@ -56,8 +57,8 @@ class Watch:
         seconds, rate = pace.take()
         metrics["step_seconds"], metrics["tokens_per_second"] = seconds, rate
         metrics["memory_bytes"] = peak_memory_bytes(self._world.device)
-        if self._peak is not None:
-            metrics["mfu"] = rate * self._flops / (self._peak * self._world.size)
+        peak = self._peak
+        metrics["mfu"] = rate * self._flops / (peak * self._world.size) if peak is not None else None
         if self._files is None or self._progress is None:
             return
         self._files.log({"step": step, "tokens": step * self._config.stage.tokens_per_step, **metrics})

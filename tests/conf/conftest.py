@@ -20,18 +20,27 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a data directory that has its manifest and nothing else, which is all that validation reads."""
+    """Makes a data directory whose files are as long as its manifest says, and empty: validation reads no token."""
 
-    def make(name: str = "data", *, train: int = 100_000, held_out: int = 10_000, **changes: Any) -> Path:
+    def make(
+        name: str = "data", *, train: int = 100_000, held_out: int = 10_000, parts: int = 1, **changes: Any
+    ) -> Path:
         counts = {TRAIN: train, HELD_OUT: held_out}
         infos = [
-            ShardInfo(name=split, split=split, tokens=count, documents=1, files={})
+            ShardInfo(
+                name=f"{split}_{part}", split=split, tokens=count // parts, documents=part + 1, files={}
+            )
             for split, count in counts.items()
+            for part in range(parts)
             if count
         ]
         values = {"vocab_size": 2048, "eos_id": 0, "dtype": "uint16", "tokenizer_hash": "a" * 32} | changes
         directory = tmp_path / name
         directory.mkdir()
+        for info in infos:
+            for file, size in info.sizes(str(values["dtype"])).items():
+                with (directory / file).open("wb") as empty:
+                    empty.truncate(size)
         Manifest(shards=infos, **values).write(directory)
         return directory
 

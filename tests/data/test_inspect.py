@@ -1,5 +1,6 @@
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ def test_the_numbers_are_those_of_the_text(data: Path, source: Path) -> None:
         assert split["bytes_per_token"] == split["text_bytes"] / split["tokens"]
         assert len(split["samples"]) == 2 and set(split["samples"]) <= set(texts)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_more_shards_than_files_that_may_be_open(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    build([source], tokenizer, tmp_path / "data", 1, held_out=0.2, shard_tokens=60, progress=False)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path("/dev/null").open() as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 30, before[1]))
+    try:
+        report = inspect(tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert report["splits"]["train"]["shards"] > 60
 
 
 def test_the_report_renders_and_text_is_not_markup(data: Path) -> None:

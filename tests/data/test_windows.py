@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.conf.errors import DataError
+from drivetrain.conf.schema import DataConfig, SourceConfig
+from drivetrain.data.loader import open_sources
 from drivetrain.data.shards import Manifest, ShardInfo, ShardWriter
 from drivetrain.data.windows import ShuffledWindows, Windows
 
@@ -103,6 +107,32 @@ def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
         file.truncate(12)
     with pytest.raises(DataError, match=r"train_00000\.bin .* 12 bytes"):
         windows.read(np.array([1]))
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """This process may open 40 files more than it has."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path("/dev/null").open() as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 40, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("few_files")
+def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
+    windows = Windows(write(tmp_path, [9] * 150), "train", 4)
+    for _ in range(2):
+        order = np.random.default_rng(0).permutation(300)
+        assert windows.read(order)[:, 0].tolist() == [9 * (n // 2) + 4 * (n % 2) for n in order.tolist()]
+
+
+@pytest.mark.usefixtures("few_files")
+def test_the_sources_of_a_mixture_share_out_the_files_that_may_be_open(tmp_path: Path) -> None:
+    names = [f"source{number}" for number in range(12)]
+    mixture = {name: SourceConfig(path=str(write(tmp_path / name, [9] * 10))) for name in names}
+    for windows in open_sources(DataConfig(mixture=mixture), "train", 4).values():
+        assert windows.read(np.arange(20)).shape == (20, 5)
 
 
 HUGE = """

@@ -1,53 +1,19 @@
 """Killed, cut off, corrupted, out of space: the curve is the undisturbed one, and nothing whole is lost."""
 
-import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 # Fixtures and the Cli class come from conftest.py.
 Cli = Any
-
-
-def kill_all(launcher: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher, torchrun and every rank."""
-    processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    launcher.communicate(timeout=30)
-
-
-def wait_until(found: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        if launcher.poll() is not None:
-            pytest.fail(f"the run ended before that: {launcher.communicate()[0]}")
-        if time.monotonic() > deadline:
-            kill_all(launcher)
-            pytest.fail("waited too long")
-        time.sleep(0.0005)
-
-
-def wait_for_step(cli: Cli, run_dir: str, step: int, launcher: subprocess.Popen[str]) -> None:
-    wait_until(lambda: any(row["step"] >= step for row in _rows_so_far(cli, run_dir)), launcher)
-
-
-def _rows_so_far(cli: Cli, run_dir: str) -> list[dict[str, Any]]:
-    try:
-        return cli.rows(run_dir)  # type: ignore[no-any-return]
-    except ValueError:  # a line half-way written
-        return []
 
 
 def assert_close(found: dict[int, Any], expected: dict[int, Any]) -> None:
@@ -61,8 +27,8 @@ def assert_close(found: dict[int, Any], expected: dict[int, Any]) -> None:
 def test_sigkill_at_a_random_step_then_resume_is_bit_equal(cli: Cli, undisturbed: Cli) -> None:
     step = random.randint(5, 20)
     launcher = cli.start(*cli.small("run"))
-    wait_for_step(cli, "run", step, launcher)
-    kill_all(launcher)
+    cli.wait_for_step("run", step, launcher)
+    cli.kill_tree(launcher)
     assert "resumed from step_" in cli("resume", "run").stdout, f"killed at step {step}"
     assert cli.curve("run") == undisturbed.curve("whole"), f"killed at step {step}"
     summary = cli.summary("run")
@@ -75,8 +41,8 @@ def test_sigkill_during_a_save_then_resume_is_bit_equal(cli: Cli, undisturbed: C
     cli(*cli.small("whole", *big))
     launcher = cli.start(*cli.small("run", *big))
     checkpoints = cli.folder / "run" / "checkpoints"
-    wait_until(lambda: (checkpoints / "step_00000004.tmp").exists(), launcher)
-    kill_all(launcher)
+    cli.wait_until(lambda: (checkpoints / "step_00000004.tmp").exists(), launcher)
+    cli.kill_tree(launcher)
     torn = checkpoints / "step_00000004.tmp"
     assert torn.exists() and not (torn / "complete.json").exists(), "it was not killed while saving"
     assert (checkpoints / "step_00000002" / "complete.json").exists()
@@ -93,7 +59,7 @@ def test_resume_on_other_ranks_and_another_engine(cli: Cli, undisturbed: Cli) ->
     ]
     for words, step in zip(segments, (6, 13), strict=True):
         launcher = cli.start(*words)
-        wait_for_step(cli, "run", step, launcher)
+        cli.wait_for_step("run", step, launcher)
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=60)
         assert launcher.returncode == 75

@@ -75,7 +75,7 @@ def test_auto_is_planned_with_the_largest_micro_batch_that_fits() -> None:
         ([*LLAMA, "stage.micro_batch=1", "engine.replicas=8"], 200e9, {"engine.checkpointing"}),
         ([*LLAMA], 64e9, {"engine.checkpointing"}),
         (["model=llama3_8b", "stage.seq_len=4096", "stage.tokens_per_step=1048576"], None, {"cluster.nproc"}),
-        (["engine=zero", "engine.zero_stage=0", "model=gpt2_xl"], 32e9, {"engine.zero_stage"}),
+        (["engine=zero", "engine.zero_stage=0", "model=gpt2_xl"], 26e9, {"engine.zero_stage"}),
         (
             ["model=llama3_70b", "stage.seq_len=4096", "stage.tokens_per_step=4194304"],
             None,

@@ -65,7 +65,7 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     def read(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy(hidden_TD, weight_VD, batch.targets_T, batch.loss_weights_T)
 
-    minimise, nll = model(batch.tokens_T, batch.positions_T, documents_of(batch, None), read)
+    minimise, nll = model(batch.tokens_T, batch.positions_T, documents_of(batch, None, "sdpa"), read)
     return minimise, {"loss": nll}
 
 
@@ -132,7 +132,7 @@ def measure_block(overrides: list[str], world: World) -> dict[str, float]:
                 marks["kept"] = live.live()
                 return hidden_TD.float().mean()
 
-            out = model(batch.tokens_T, batch.positions_T, documents_of(batch, None), read)
+            out = model(batch.tokens_T, batch.positions_T, documents_of(batch, None, "sdpa"), read)
             live.restart()
             out.backward()
         kept.append(marks["kept"])

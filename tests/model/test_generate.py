@@ -94,6 +94,22 @@ def test_the_stop_token_is_the_last(model: Transformer) -> None:
     assert run(model, [3], max_tokens=0) == []
 
 
+def test_the_agreed_token_goes_on_and_stops(model: Transformer) -> None:
+    """What another rank drew: the text goes on with it, its log-probability is told, and it may be the stop."""
+    drawn: list[int] = []
+
+    def agree(token: int) -> int:
+        drawn.append(token)
+        return [11, 12, 13][len(drawn) - 1]
+
+    found = run(model, [3], agree=agree, stop_id=13)
+    assert [token for token, _ in found] == [11, 12, 13]
+    logprobs_TV = full_logprobs(model, [3, 11, 12])
+    assert drawn == logprobs_TV.argmax(-1).tolist()
+    for place, (token, logprob) in enumerate(found):
+        assert logprob == pytest.approx(float(logprobs_TV[place, token]), abs=1e-4)
+
+
 def test_tokens_past_the_vocabulary_are_never_drawn(model: Transformer) -> None:
     drawn = [
         token for seed in range(10) for token, _ in run(model, [3], vocab_size=6, temperature=5.0, seed=seed)

@@ -1,6 +1,7 @@
 """What each rank of the parity tests trains; see rank.py.
 
-Each case: {"name", "overrides", "steps", and optionally "poison": step, "save": folder, "load": folder}.
+Each case: {"name", "overrides", "steps", and optionally "poison": steps, "load": folder, "save": folder and
+"save_after": step, the last one by default}.
 """
 
 from pathlib import Path
@@ -45,23 +46,24 @@ def run_case(case: dict[str, Any], world: World) -> list[dict[str, Any]]:
 
     def loss(model: Any, batch: Any) -> Any:
         minimise, stats = stage.loss(model, batch)
-        poisoned = case.get("poison") == step and world.rank == world.size - 1
+        poisoned = step in case.get("poison", []) and world.rank == world.size - 1
         return (minimise * float("nan") if poisoned else minimise), stats
 
     rows = []
-    for step in range(start + 1, start + case["steps"] + 1):
+    stop = start + case["steps"]
+    for step in range(start + 1, stop + 1):
         batches = stage.source.next_step()
         stats = engine.accumulate(batches, loss)
         result = engine.step(lr_factor(config.optim, step - 1, config.stage.steps))
         digest = world.sum_u64(sum(batch.digest for batch in batches) % (1 << 64))
         rows.append({**stats, "digest": digest, "norm": result.grad_norm, "skipped": result.skipped})
-    if "save" in case:
-        saver = checkpoint.Checkpointer(Path(case["save"]), config.checkpoint, world)
-        state = {
-            "step": start + case["steps"],
-            "optimizer_steps": engine.optimizer_steps(),
-            "source": stage.source.state(),
-        }
-        failed = saver.save(start + case["steps"], engine.tensors(), state) or saver.wait()
-        assert failed is None, failed
+        if "save" in case and step == case.get("save_after", stop):
+            saver = checkpoint.Checkpointer(Path(case["save"]), config.checkpoint, world)
+            state = {
+                "step": step,
+                "optimizer_steps": engine.optimizer_steps(),
+                "source": stage.source.state(),
+            }
+            failed = saver.save(step, engine.tensors(), state) or saver.wait()
+            assert failed is None, failed
     return rows

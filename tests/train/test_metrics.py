@@ -21,7 +21,7 @@ from drivetrain.train.metrics import (
 
 
 def logged(run_dir: Path, *steps: int, start: int = 0) -> None:
-    file = MetricsFile(run_dir, start)
+    file = MetricsFile(run_dir, start, pytest.fail)
     for step in steps:
         file.log({"step": step, "loss": 1.0 / step})
     file.close()
@@ -38,7 +38,7 @@ def samples(run_dir: Path) -> list[dict[str, object]]:
 
 def test_rows_come_back_as_they_were_logged(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    file = MetricsFile(tmp_path, 0)
+    file = MetricsFile(tmp_path, 0, pytest.fail)
     row = {"step": 1, "loss": 2.5, "tokens": 10**15, "data_digest": "00ff", "mfu": None}
     file.log(row)
     assert read_metrics(tmp_path) == [row]  # before it is closed: whoever follows the run sees it at once
@@ -47,12 +47,16 @@ def test_rows_come_back_as_they_were_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_json_cannot_say_is_null(tmp_path: Path, value: float) -> None:
-    file = MetricsFile(tmp_path, 0)
+    file = MetricsFile(tmp_path, 0, pytest.fail)
     file.log({"step": 1, "loss": value})
     file.close()
-    write_summary(tmp_path, {"objective": value, "steps": 3})
+    write_summary(tmp_path, {"objective": value, "steps": 3, "final": {"loss": value, "rows": [1.0, value]}})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None}]
-    assert json.loads((tmp_path / SUMMARY).read_text()) == {"objective": None, "steps": 3}
+    assert json.loads((tmp_path / SUMMARY).read_text(), parse_constant=pytest.fail) == {
+        "objective": None,
+        "steps": 3,
+        "final": {"loss": None, "rows": [1.0, None]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_samples_of_any_text_survive_a_resume(tmp_path: Path) -> None:
         '"\\',
         "\x00",
     ]
-    file = MetricsFile(tmp_path, 0)
+    file = MetricsFile(tmp_path, 0, pytest.fail)
     file.log_samples(10, [(text, text[::-1]) for text in texts])
     file.log_samples(20, [("late", "later")])
     file.close()
@@ -93,8 +97,23 @@ def test_samples_of_any_text_survive_a_resume(tmp_path: Path) -> None:
     assert samples(tmp_path) == [*expected, {"step": 20, "prompt": "late", "completion": "later"}]
     path = tmp_path / SAMPLES
     path.write_bytes(path.read_bytes() + '{"step": 20, "prompt": "日'.encode()[:-1])
-    MetricsFile(tmp_path, 15).close()
+    MetricsFile(tmp_path, 15, pytest.fail).close()
     assert samples(tmp_path) == expected
+
+
+def test_a_full_disk_is_warned_about_once_and_stops_nothing(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    for name in (METRICS, SAMPLES):
+        (tmp_path / name).symlink_to("/dev/full")
+    warnings: list[str] = []
+    file = MetricsFile(tmp_path, 0, warnings.append)
+    for step in range(200):  # more than a buffer holds
+        file.log({"step": step, "text": "x" * 100})
+    file.log_samples(200, [("a", "b")])
+    file.close()
+    (warning,) = warnings
+    assert METRICS in warning and "No space left on device" in warning and "goes on" in warning
 
 
 def test_the_summary_is_replaced_whole(tmp_path: Path) -> None:

@@ -113,8 +113,9 @@ def test_two_ranks_every_engine_and_micro_batch(plain: Rows, case: Case, run_ran
 
 
 def test_one_rank(plain: Rows, case: Case, run_ranks: Run) -> None:
-    cases = [case("fsdp", "stage.micro_batch=4")]
-    cases += [case(f"zero{n}", *zero(n), "stage.micro_batch=4") for n in (0, 1, 3)]
+    cases = [case(f"fsdp, micro-batch {size}", f"stage.micro_batch={size}") for size in (1, 2, 4, 8)]
+    cases += [case(f"zero{n}", *zero(n), "stage.micro_batch=4") for n in range(4)]
+    cases += [case(f"zero{n}, micro-batch 1", *zero(n), "stage.micro_batch=1") for n in (0, 2)]
     for name, rows in run_ranks(1, cases).items():
         check(name, rows, plain)
 
@@ -146,6 +147,7 @@ def test_four_ranks_and_hsdp(plain: Rows, case: Case, run_ranks: Run) -> None:
         case("fsdp", "stage.micro_batch=1"),
         case("hsdp 2 x 2", "stage.micro_batch=2", "engine.replicas=2"),
         case("zero2", *zero(2), "stage.micro_batch=2"),
+        case("zero3", *zero(3), "stage.micro_batch=1"),
     ]
     for name, rows in run_ranks(4, cases).items():
         check(name, rows, plain)
@@ -167,13 +169,40 @@ def test_a_step_without_a_finite_gradient_is_skipped_everywhere(
     """One rank's loss is NaN at step 3: no rank changes its weights, and the run goes on."""
     engines = {"fsdp": ("engine=fsdp",), **{f"zero{n}": zero(n) for n in range(4)}}
     cases = [
-        {**case(name, *words, "stage.micro_batch=2", f"engine.precision={precision}"), "poison": 3}
+        {**case(name, *words, "stage.micro_batch=2", f"engine.precision={precision}"), "poison": [3]}
         for name, words in engines.items()
     ]
     for name, rows in run_ranks(2, cases).items():
         assert [row["skipped"] for row in rows] == [step == 3 for step in range(1, STEPS + 1)], name
         assert all(np.isfinite(row["loss"]) for row in rows), name
         assert rows[-1]["loss"] < rows[0]["loss"] - 0.2, name
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_save_before_the_first_update_changes_nothing(
+    case: Case, run_ranks: Run, tmp_path: Path, optim: str
+) -> None:
+    """Every step up to the save was skipped: the moments are zeros in it, and training goes on as without it."""
+    engines = {"fsdp": ("engine=fsdp",), **{f"zero{n}": zero(n) for n in range(4)}}
+    if optim == "muon":
+        engines = {"fsdp": ("engine=fsdp", "optim=muon", "optim.lr=3e-3")}
+    cases = []
+    for name, words in engines.items():
+        base = {**case(name, *words, "stage.micro_batch=2"), "poison": [1, 2], "steps": 6}
+        saving = {"name": f"{name}, saved", "save": str(tmp_path / name), "save_after": 2}
+        folder = tmp_path / name / "step_00000002"
+        cases += [
+            base,
+            {**base, **saving},
+            {**base, "name": f"{name}, loaded", "steps": 4, "load": str(folder)},
+        ]
+    found = run_ranks(2, cases)
+    for name in engines:
+        expected = found[name]
+        assert [row["skipped"] for row in expected] == [True, True, False, False, False, False], name
+        check(f"{name}, saved", found[f"{name}, saved"][2:], expected[2:])
+        check(f"{name}, loaded", found[f"{name}, loaded"], expected[2:])
+        assert expected[-1]["loss"] < expected[2]["loss"], name
 
 
 def test_muon_is_the_same_on_one_and_two_ranks(case: Case, run_ranks: Run) -> None:

@@ -90,21 +90,27 @@ class FsdpEngine(Engine):
         return found
 
     def _moments_of(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.optimizer.state[parameter]
-        for moment in self.moments(name, parameter):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter.detach())
-        return {moment: state[moment] for moment in self.moments(name, parameter)}
+        """Zeros before the first update. They stay out of the optimizer: AdamW takes a parameter that has any state
+        for one that has all of it, its step count too."""
+        state = self.optimizer.state.get(parameter, {})
+        return {
+            moment: state[moment] if moment in state else torch.zeros_like(parameter.detach())
+            for moment in self.moments(name, parameter)
+        }
 
     def optimizer_steps(self) -> int:
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         return max(steps, default=0)
 
     def load_optimizer(self, read: Callable[[dict[str, Tensor]], None], steps: int) -> None:
-        tensors = {name: value for name, value in self.tensors().items() if name.startswith("optim.")}
+        self._reshard()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in unique_parameters(self.model):
+            moments = self._moments_of(name, parameter)
+            step = torch.tensor(float(steps), device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **moments}
+            tensors |= {f"optim.{name}.{moment}": value for moment, value in moments.items()}
         read(tensors)
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         self._reshard()

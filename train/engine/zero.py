@@ -148,7 +148,8 @@ class ZeroEngine(Engine):
 
     def tensors(self) -> dict[str, Tensor]:
         """Whole tensors, each held by one rank only: parameter i by rank i modulo the number of ranks."""
-        self._link_moments()
+        if self.steps > 0:
+            self._link_moments()
         found: dict[str, Tensor] = {}
         for index, (name, parameter) in enumerate(self.names.items()):
             whole = {f"model.{name}": self._weight(parameter)}
@@ -177,7 +178,7 @@ class ZeroEngine(Engine):
         """DeepSpeed links moments to parameters in the first group's first update, when the second group has
         none yet; linking again reaches them all."""
         link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None and self.steps > 0:
+        if link is not None:
             self.optimizer._hp_optimizer_states_linked = False
             link()
 

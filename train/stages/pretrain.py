@@ -11,8 +11,8 @@ from drivetrain.data.batch import Batch
 from drivetrain.data.loader import PretrainSource, Share, Source, open_sources
 from drivetrain.data.tokenizer import load_tokenizer
 from drivetrain.kernels.linear_cross_entropy import linear_cross_entropy
+from drivetrain.model.backend import backend_of
 from drivetrain.model.generate import generate
-from drivetrain.model.transformer import backend_of
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.evaluate import HeldOut, documents_of
 from drivetrain.train.mesh import World
@@ -27,7 +27,7 @@ class PretrainStage:
         assert isinstance(config.stage, PretrainConfig)
         self.cfg: PretrainConfig = config.stage
         self.model_cfg: ModelConfig = config.model
-        self.backend = backend_of(config.kernels)
+        self.backend = backend_of(config.kernels, world.device)
         self.world, self.tokenizer_dir = world, tokenizer
         source = PretrainSource(config.data, self.cfg.seq_len, share, config.seed, state)
         self.source: Source = source
@@ -50,7 +50,7 @@ class PretrainStage:
                 backend=self.backend,
             )
 
-        documents = documents_of(batch, self.model_cfg.sliding_window)
+        documents = documents_of(batch, self.model_cfg.sliding_window, self.backend)
         minimise, nll = model(batch.tokens_T, batch.positions_T, documents, read)
         return minimise, {"loss": nll}
 
@@ -72,6 +72,7 @@ class PretrainStage:
                 vocab_size=tokenizer.get_vocab_size(),
                 device=torch.device(self.world.device),
                 sliding_window=self.model_cfg.sliding_window,
+                agree=self.world.from_main,
             )
             rows.append((prompt, tokenizer.decode([token for token, _ in drawn])))
         return rows

@@ -1,0 +1,137 @@
+"""Whether the data is all there and fits the model and the stage, from manifests and the sizes of files."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from drivetrain.conf.schema import DataConfig, RunConfig
+
+OWN_TOKENIZER = "leave tokenizer out to use the one the data was built with"
+ITEM_BYTES = {"uint16": 2, "int32": 4}
+IDX_HEADER_BYTES = 34  # data/shards.py describes both files
+BUILD = "`drivetrain data build INPUT... --tokenizer DIR --out DIR`"
+
+
+def data_problems(config: RunConfig) -> Iterator[str]:
+    """One sentence for every problem."""
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.path is None and not data.mixture:
+        yield f"data.path is missing: build shards with {BUILD} and pass data.path=DIR"
+        return
+    if data.path is not None and data.mixture:
+        yield f"data.path={data.path} and data.mixture are both given; keep one"
+        return
+    problems: list[str] = []
+    manifests = _manifests(data, problems)
+    yield from problems
+    for key, manifest in manifests.items():
+        if (size := manifest["vocab_size"]) > vocab_size:
+            yield (
+                f"{key} has a vocabulary of {size} tokens and model.vocab_size={vocab_size}; "
+                f"use model.vocab_size={math.ceil(size / 64) * 64}"
+            )
+        yield from _windows(key, manifest, config)
+        yield from _files(key, manifest)
+    hashes = {key: manifest["tokenizer_hash"] for key, manifest in manifests.items()}
+    first = next(iter(hashes), "")
+    for key in hashes:
+        if hashes[key] != hashes[first]:
+            yield f"{key} and {first} were built with different tokenizers; build one of them again"
+    if config.tokenizer is not None:
+        yield from _tokenizer(Path(config.tokenizer), manifests)
+
+
+def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Manifests by the word that names their directory; what cannot be read goes to `problems`."""
+    paths: dict[str, str | None] = {"data.path": data.path}
+    if data.mixture:
+        paths = {f"data.mixture.{name}.path": source.path for name, source in data.mixture.items()}
+    found = {}
+    for key, value in paths.items():
+        word, directory = f"{key}={value}", Path(str(value))
+        if not directory.is_dir():
+            problems.append(f"{word} is no directory; build shards with {BUILD}")
+        elif not (directory / "manifest.json").is_file():
+            problems.append(f"{word} has no manifest.json, so its build did not finish; run {BUILD}")
+        else:
+            try:
+                manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+                _longest(manifest, "train")
+                _sizes(manifest)
+                if not isinstance(manifest["vocab_size"], int) or not manifest["tokenizer_hash"]:
+                    raise ValueError("a manifest without its tokenizer")
+            except (OSError, ValueError, KeyError, TypeError):
+                problems.append(
+                    f"{word} has a manifest.json that cannot be read as one; build the data again"
+                )
+            else:
+                found[word] = manifest
+    return found
+
+
+def _windows(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """A window of seq_len + 1 tokens lies in one shard, so every source needs a shard that is as long."""
+    stage = config.stage
+    if (found := _longest(manifest, "train")) <= stage.seq_len:
+        yield (
+            f"{key} has {found} tokens to train on in its longest shard and stage.seq_len={stage.seq_len} needs "
+            f"{stage.seq_len + 1}; build more data, or shorten stage.seq_len"
+        )
+    if stage.eval_every and (found := _longest(manifest, "held_out")) <= stage.seq_len:
+        yield (
+            f"{key} has {found} held-out tokens in its longest shard and stage.eval_every={stage.eval_every} needs "
+            f"{stage.seq_len + 1}; build it with a larger --held-out, or use stage.eval_every=0"
+        )
+
+
+def _longest(manifest: dict[str, Any], split: str) -> int:
+    return max((int(shard["tokens"]) for shard in manifest["shards"] if shard["split"] == split), default=0)
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of every file, by its name."""
+    item, sizes = ITEM_BYTES[manifest["dtype"]], {}
+    for shard in manifest["shards"]:
+        documents = int(shard["documents"])
+        sizes[f"{shard['name']}.bin"] = item * int(shard["tokens"])
+        sizes[f"{shard['name']}.idx"] = IDX_HEADER_BYTES + documents * (4 + 8) + (documents + 1) * 8
+    return sizes
+
+
+def _files(key: str, manifest: dict[str, Any]) -> Iterator[str]:
+    """The first file that is missing or of another size than the manifest's counts make, for all of them."""
+    directory, wrong = Path(key.partition("=")[2]), []
+    for name, size in _sizes(manifest).items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror}")
+            continue
+        if found != size:
+            wrong.append(f"{name} has {found} bytes and not {size}")
+    if wrong:
+        others = f", and {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""
+        yield f"{key} is not what its manifest says: {wrong[0]}{others}; build or copy the data again"
+
+
+def _tokenizer(directory: Path, manifests: dict[str, dict[str, Any]]) -> Iterator[str]:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        yield f"tokenizer={directory} has no tokenizer.json; {OWN_TOKENIZER}"
+        return
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        vocab = definition["model"]["vocab"]  # a list in Unigram models, whose ids are the positions
+        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+        size = 1 + max([*ids, *(token["id"] for token in definition["added_tokens"])])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield f"{path} cannot be read as a tokenizer; copy or train it again"
+        return
+    for key, manifest in manifests.items():
+        if manifest["vocab_size"] != size:
+            yield (
+                f"tokenizer={directory} has {size} tokens and {key} was built with {manifest['vocab_size']}; "
+                f"{OWN_TOKENIZER}"
+            )

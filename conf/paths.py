@@ -1,0 +1,47 @@
+"""The paths in a configuration: a frozen one means the same wherever it is read."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from drivetrain.conf.schema import RunConfig
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """`data.path`, the mixture's paths, `tokenizer` and `model.init_from`, seen from the current directory."""
+    return _map(config, lambda _, path: _absolute(path))
+
+
+def paths_at_resume(new: RunConfig, said: dict[str, object], frozen: dict[str, object]) -> RunConfig:
+    """Absolute paths of a run composed again: those that were not said anew stay where they were.
+
+    Args:
+        new: composed of the words of the start and of the resume.
+        said: the words of the start alone, composed and flattened.
+        frozen: the configuration that the run has, flattened.
+    """
+    return _map(
+        new,
+        lambda key, path: str(frozen[key]) if said.get(key) == path and frozen.get(key) else _absolute(path),
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.normpath(Path(path).absolute())
+
+
+def _map(config: RunConfig, change: Callable[[str, str], str]) -> RunConfig:
+    def changed(key: str, path: str | None) -> str | None:
+        return None if path is None else change(key, path)
+
+    mixture = {
+        name: replace(source, path=change(f"data.mixture.{name}.path", source.path))
+        for name, source in config.data.mixture.items()
+    }
+    return replace(
+        config,
+        data=replace(config.data, path=changed("data.path", config.data.path), mixture=mixture),
+        tokenizer=changed("tokenizer", config.tokenizer),
+        model=replace(config.model, init_from=changed("model.init_from", config.model.init_from)),
+    )
