@@ -310,8 +310,7 @@ def report(rows: list[common.Row], markdown: bool) -> None:
         if markdown:
             print(f"\n### {op}\n")
         header = [
-            "shape",
-            "direction",
+            "shape, direction",
             "ours ms",
             "rate",
             "roofline",

@@ -20,6 +20,7 @@ from drivetrain.conf.schema import (
     Kernels,
     ModelConfig,
     MuonConfig,
+    Precision,
     RunConfig,
     ZeroConfig,
 )
@@ -185,10 +186,14 @@ def _kernels(config: RunConfig) -> Iterator[str]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and kernels is Kernels.triton
     if config.cluster.device is Device.cpu and not interpreted:
         yield f"kernels={kernels.name} needs a GPU and cluster.device=cpu; use kernels=sdpa"
-    if head_dim > 256 or head_dim % 8:
+    fp32 = config.engine.precision is Precision.fp32
+    if fp32 and kernels is Kernels.flash_attn:
+        yield "kernels=flash_attn takes bf16, not engine.precision=fp32; use kernels=triton or kernels=sdpa"
+    largest = 128 if fp32 else 256  # kernels/attention_triton.py
+    if head_dim > largest or head_dim % 8:
         yield (
-            f"kernels={kernels.name} takes a model.head_dim that is a multiple of 8 up to 256, not {head_dim}; "
-            "use kernels=sdpa"
+            f"kernels={kernels.name} takes a model.head_dim that is a multiple of 8 up to {largest} in "
+            f"{config.engine.precision.value}, not {head_dim}; use kernels=sdpa"
         )
 
 

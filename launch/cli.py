@@ -181,6 +181,17 @@ def report(
     console.print(str(build_report(run_dirs, out)), markup=False, soft_wrap=True)
 
 
+@app.command(context_settings={**OVERRIDES, "allow_interspersed_args": False})
+def bench(
+    name: Annotated[str, typer.Argument(metavar="kernels|step|data", help="What to measure.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="OPTION...", help="Of that script.")] = None,
+) -> None:
+    """Measure here, beside what else is installed here; `bench NAME --help` says what a benchmark takes."""
+    from drivetrain.launch.bench import bench as run
+
+    raise typer.Exit(run(name, options or []))
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has, what is missing, and what is used instead."""

@@ -168,15 +168,10 @@ def _torch() -> Check:
 
 
 def _flash_attention() -> Check:
-    from drivetrain.conf.schema import Kernels
-
     try:
-        found = importlib.metadata.version("flash-attn")
+        found = f"{importlib.metadata.version('flash-attn')}; used with kernels=flash_attn"
     except importlib.metadata.PackageNotFoundError:
-        found = "not installed, not needed: attention is PyTorch's scaled_dot_product_attention"
-    else:
-        if "flash_attn" not in Kernels.__members__:
-            found += "; not used: attention is PyTorch's scaled_dot_product_attention"
+        found = "not installed, not needed: attention is our Triton kernel on a GPU, PyTorch's on a CPU"
     return Check(name="flash-attn", found=found)
 
 

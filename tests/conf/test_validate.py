@@ -86,8 +86,16 @@ SINGLE = {
     "kernels=flash_attn cluster.device=cpu": (
         "kernels=flash_attn needs a GPU and cluster.device=cpu; use kernels=sdpa"
     ),
+    "kernels=triton model.head_dim=136 engine.precision=fp32": (
+        "kernels=triton takes a model.head_dim that is a multiple of 8 up to 128 in fp32, not 136; "
+        "use kernels=sdpa"
+    ),
+    "kernels=flash_attn engine.precision=fp32": (
+        "kernels=flash_attn takes bf16, not engine.precision=fp32; use kernels=triton or kernels=sdpa"
+    ),
     "kernels=triton model.head_dim=258": (
-        "kernels=triton takes a model.head_dim that is a multiple of 8 up to 256, not 258; use kernels=sdpa"
+        "kernels=triton takes a model.head_dim that is a multiple of 8 up to 256 in bf16, not 258; "
+        "use kernels=sdpa"
     ),
     "model.init_from=/no/such": (
         "model.init_from=/no/such is no directory; pass a run or a directory with weights"
