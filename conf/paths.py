@@ -1,7 +1,7 @@
 """The paths in a configuration: a frozen one means the same wherever it is read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +13,24 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     return _map(config, lambda _, path: _absolute(path))
 
 
-def paths_at_resume(new: RunConfig, said: dict[str, object], frozen: dict[str, object]) -> RunConfig:
+def paths_at_resume(
+    new: RunConfig, said: dict[str, object], frozen: dict[str, object], anew: Iterable[str]
+) -> RunConfig:
     """Absolute paths of a run composed again: those that were not said anew stay where they were.
 
     Args:
         new: composed of the words of the start and of the resume.
         said: the words of the start alone, composed and flattened.
         frozen: the configuration that the run has, flattened.
+        anew: keys of the resume's words; the same relative path may be another place there.
     """
-    return _map(
-        new,
-        lambda key, path: str(frozen[key]) if said.get(key) == path and frozen.get(key) else _absolute(path),
-    )
+    given = [f"{key}." for key in anew]
+
+    def place(key: str, path: str) -> str:
+        stays = said.get(key) == path and not any(f"{key}.".startswith(word) for word in given)
+        return str(frozen[key]) if stays and frozen.get(key) else _absolute(path)
+
+    return _map(new, place)
 
 
 def _absolute(path: str) -> str:

@@ -19,7 +19,7 @@ from drivetrain.conf.schema import SCHEMAS, RunConfig, TorchrunConfig
 from drivetrain.conf.validate import validate
 from drivetrain.launch import local
 from drivetrain.launch.fit import check_machine, plan_here
-from drivetrain.launch.run_dir import default_run_dir, hold, make_run_dir, write_text
+from drivetrain.launch.run_dir import default_run_dir, hold, make_run_dir, read_overrides, write_text
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped on request; `drivetrain resume` goes on
 
@@ -55,22 +55,27 @@ def launch(overrides: Sequence[str], console: Console) -> JobResult:
 def start(config: RunConfig, overrides: Sequence[str], console: Console) -> JobResult:
     """The same for a configuration that is composed already."""
     config = absolute_paths(config)
-    check(config)
+    plan = check(config)
     run_dir = (Path(config.run_dir) if config.run_dir else default_run_dir(config)).absolute()
     check_run_dir(config, run_dir)
     config = replace(config, run_dir=str(run_dir))
+    console.print(plan, markup=False, highlight=False, soft_wrap=True)
     return _begin(config, overrides, run_dir, console)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> str:
     """Everything that can be known before a run directory is made.
+
+    Returns:
+        The plan in one line.
 
     Raises:
         ConfigError: one sentence a line.
     """
     validate(config)
     check_machine(config)
-    plan_here(config)
+    line, fits = plan_here(config)
+    return line if fits else f"warning: {line}"
 
 
 def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResult:
@@ -81,38 +86,40 @@ def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResu
     """
     run_dir = run_dir.absolute()
     old = load(run_dir / "config.yaml")
-    overrides_file = run_dir / "overrides.txt"
-    said = overrides_file.read_text().splitlines() if overrides_file.is_file() else []
+    said = read_overrides(run_dir)
     words = merge_overrides(said, overrides)
     new = old
     if overrides:
-        new = paths_at_resume(compose(words), flatten(compose(said)), flatten(old))
+        anew = map(key_of, overrides)
+        new = paths_at_resume(compose(words), flatten(compose(said)), flatten(old), anew)
     new = replace(new, run_dir=str(run_dir))
     saved = has_checkpoint(run_dir)
     # The run has a copy of its tokenizer, and once something is saved it starts from that.
-    check(replace(new, tokenizer=None, model=replace(new.model, init_from=None)) if saved else new)
+    plan = check(replace(new, tokenizer=None, model=replace(new.model, init_from=None)) if saved else new)
     check_resume(old, new)
     for key, (was, now) in changes(old, new).items():
         console.print(f"{key}: {show(was)} -> {show(now)}", markup=False, highlight=False, soft_wrap=True)
     if not saved:
         console.print("nothing was saved yet: starting at step 0")
+    console.print(plan, markup=False, highlight=False, soft_wrap=True)
     return _begin(new, words, run_dir, console)
 
 
 def merge_overrides(old: Sequence[str], new: Sequence[str]) -> list[str]:
     """`new` on top of `old`: the same key is replaced, and another option of a group keeps the keys that it has."""
-    keys = {_key(word) for word in new}
+    keys = {key_of(word) for word in new}
     groups = keys & set(SCHEMAS)
-    kept = [word for word in old if _key(word) not in keys]
+    kept = [word for word in old if key_of(word) not in keys]
     if groups:
-        others = [word for word in kept if _key(word).split(".")[0] not in groups]
+        others = [word for word in kept if key_of(word).split(".")[0] not in groups]
         chosen = compose([*others, *new])
         have = {f"{group}.{item.name}" for group in groups for item in fields(getattr(chosen, group))}
-        kept = [word for word in kept if word in others or ".".join(_key(word).split(".")[:2]) in have]
+        kept = [word for word in kept if word in others or ".".join(key_of(word).split(".")[:2]) in have]
     return [*kept, *new]
 
 
-def _key(word: str) -> str:
+def key_of(word: str) -> str:
+    """The key or group that an override sets."""
     return re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
 
 
@@ -129,8 +136,6 @@ def _show(config: RunConfig, run_dir: Path, console: Console) -> JobResult:
 
 
 def _begin(config: RunConfig, overrides: Sequence[str], run_dir: Path, console: Console) -> JobResult:
-    line, fits = plan_here(config)
-    console.print(line if fits else f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     if config.cluster.dry_run:
         return _show(config, run_dir, console)
     with hold(run_dir):

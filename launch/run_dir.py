@@ -16,6 +16,7 @@ from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig
 from drivetrain.train.lock import lock_run_dir
 
+OVERRIDES = "overrides.txt"
 PACKAGES = (
     "drivetrain",
     "torch",
@@ -65,7 +66,7 @@ def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> 
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "overrides.txt", "".join(f"{word}\n" for word in overrides))
+        write_text(run_dir / OVERRIDES, "".join(f"{_as_line(word)}\n" for word in overrides))
         write_text(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         patch = _git("diff", "HEAD", "--binary")
         if patch:
@@ -77,6 +78,28 @@ def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> 
         write_text(run_dir / "config.yaml", to_yaml(config))  # last: a folder with it is a run directory
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another run_dir") from error
+
+
+def read_overrides(run_dir: Path) -> list[str]:
+    """The words that a run was made from.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / OVERRIDES
+    try:
+        lines = path.read_text().splitlines()
+        return [json.loads(line) if line.startswith('"') else line for line in lines]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{path} cannot be read: {reason}; it holds the settings of the start, one a line"
+        ) from error
+
+
+def _as_line(word: str) -> str:
+    """A prompt may have line breaks. No override begins with the quote of a JSON text."""
+    return word if word.splitlines() == [word] else json.dumps(word)
 
 
 def tokenizer_dir(config: RunConfig) -> Path | None:

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -14,16 +14,19 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from drivetrain.conf.changes import check_run_dir
 from drivetrain.conf.compose import compose, register_schemas, to_run_config
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.conf.paths import absolute_paths
-from drivetrain.launch.job import PREEMPTED, JobResult, check, start
+from drivetrain.conf.schema import RunConfig
+from drivetrain.launch.job import PREEMPTED, JobResult, check, key_of, start
 
 
 class _Stop(BaseException):
@@ -50,24 +53,21 @@ def sweep(overrides: Sequence[str], console: Console) -> Sweep:
     Raises:
         ConfigError: an override of any point is wrong; nothing was started.
     """
-    chosen = [word for word in overrides if word.startswith("run_dir=")]
-    words = [word for word in overrides if not word.startswith("run_dir=")]
-    for point in _points(words):
-        check(absolute_paths(compose(point)))
-    name = chosen[-1].split("=", 1)[1] if chosen else f"runs/sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    folder = Path(name).absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; choose another run_dir for the sweep")
+    words = [word for word in overrides if key_of(word) != "run_dir"]
+    axes = list(_axes(words))
+    swept = {key_of(axis[0]) for axis in axes if len(axis) > 1}
+    points = list(map(list, itertools.product(*axes)))
+    configs = [compose(point) for point in points]
+    for config in configs:
+        check(absolute_paths(config))
+    folder = _folder([word for word in overrides if key_of(word) == "run_dir"], configs[0])
     found, labels = Sweep([]), list[str]()
 
-    def run_point(composed: DictConfig) -> float:
-        hydra = HydraConfig.get()
-        labels.append(", ".join(word for word in hydra.overrides.task if word not in words) or "(defaults)")
-        console.rule(f"{hydra.job.num}: {labels[-1]}")
-        composed.run_dir = str(folder / str(hydra.job.num))
-        config = to_run_config(composed, hydra.runtime.choices.get("experiment"))
+    def run_point(config: RunConfig, number: int, point: list[str]) -> float:
+        labels.append(", ".join(word for word in point if key_of(word) in swept) or "(defaults)")
+        console.rule(f"{number}: {labels[-1]}")
         try:
-            result = start(config, list(hydra.overrides.task), console)
+            result = start(replace(config, run_dir=str(folder / str(number))), point, console)
         except DrivetrainError as error:
             console.print(str(error), markup=False)
             found.results.append(error)
@@ -77,13 +77,41 @@ def sweep(overrides: Sequence[str], console: Console) -> Sweep:
             raise _Stop
         return result.objective if result.objective is not None else float("inf")
 
+    def chosen_by_hydra(composed: DictConfig) -> float:
+        hydra = HydraConfig.get()
+        config = to_run_config(composed, hydra.runtime.choices.get("experiment"))
+        return run_point(config, hydra.job.num, list(hydra.overrides.task))
+
     with _signals_stop():
         try:
-            _run_hydra(run_point, [*words, f"hydra.sweep.dir={folder}"])
+            if all(config.cluster.dry_run for config in configs):  # Hydra would make the folder
+                for number, (config, point) in enumerate(zip(configs, points, strict=True)):
+                    run_point(config, number, point)
+            else:
+                _run_hydra(chosen_by_hydra, [*words, f"hydra.sweep.dir={_quoted(folder)}"])
         except _Stop:
             found.stopped = True
     console.print(_table(labels, found.results, folder))
     return found
+
+
+def _folder(chosen: Sequence[str], config: RunConfig) -> Path:
+    """The sweep's directory.
+
+    Raises:
+        ConfigError: it holds something, is a file, or cannot be written to.
+    """
+    name = compose(chosen).run_dir or f"runs/sweeps/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder = Path(name).absolute()
+    check_run_dir(config, folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; choose another run_dir for the sweep")
+    return folder
+
+
+def _quoted(path: Path) -> str:
+    """As Hydra's grammar takes it, in which a comma would make two points."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def _run_hydra(run_point: Callable[[DictConfig], float], words: list[str]) -> None:
@@ -116,26 +144,30 @@ def _signals_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _points(words: Sequence[str]) -> Iterator[list[str]]:
-    """Every point of a grid, as words of one run; where a sweeper chooses its points, the corners of its ranges."""
-    axes: list[list[str]] = []
+def _axes(words: Sequence[str]) -> Iterator[list[str]]:
+    """The words that each word of a sweep stands for; of a range, its ends, where a sweeper chooses the points.
+
+    Raises:
+        ConfigError: a word stands for what only Hydra could tell.
+    """
     for word in words:
         try:
             parsed = OverridesParser.create().parse_override(word)
         except HydraException:
-            axes.append([word])  # `compose` says what is wrong with it
+            yield [word]  # `compose` says what is wrong with it
             continue
         if parsed.is_hydra_override():
             continue
         key = parsed.get_key_element()
+        if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            raise ConfigError(f"{word} does not say what it sweeps over; write {key}=A,B")
         if parsed.is_interval_sweep():
             interval = parsed.value()
-            axes.append([f"{key}={bound}" for bound in (interval.start, interval.end)])
+            yield [f"{key}={bound}" for bound in (interval.start, interval.end)]
         elif parsed.is_sweep_override():
-            axes.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+            yield [f"{key}={value}" for value in parsed.sweep_string_iterator()]
         else:
-            axes.append([word])
-    yield from map(list, itertools.product(*axes))
+            yield [word]
 
 
 def _table(labels: list[str], results: Sequence[JobResult | DrivetrainError], folder: Path) -> Table:

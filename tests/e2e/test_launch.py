@@ -1,8 +1,10 @@
 """What a user sees of a job: its files, its failures, its sweeps, and starting it by hand."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,14 +190,54 @@ def test_cluster_torchrun_prints_what_every_node_runs(
 
 
 def test_a_sweep_runs_every_point_and_records_a_failed_one(cli: Cli) -> None:
+    """The first point's weights overflow; the sweep's own directory holds both."""
     words = cli.small("sweep", "stage.steps=4", "stage.eval_every=4", "stage.save_every=0", "cluster.nproc=1")
-    done = cli("launch", "-m", *words[1:], "optim.lr=1e-3,1e-2", "stage.seq_len=32,48", status=1)
-    assert "completed" in done.stdout and "failed" in done.stdout
-    objectives = [cli.summary(f"sweep/{point}")["objective"] for point in (0, 1)]
-    assert objectives[0] != objectives[1]
-    assert (cli.folder / "sweep" / "multirun.yaml").is_file()
-    said = cli("launch", "-m", *words[1:], "optim.lrr=1,2", status=2).stderr
-    assert "optim.lrr" in said and "optim.lr" in said and "Traceback" not in said
+    grid = ("optim.lr=1e38,1e-3", "optim.grad_clip=0", "alarms.max_skipped=2")
+    done = cli("launch", "-m", *words[1:], *grid, status=1)
+    assert "2 steps in a row had no finite gradient" in done.stdout and "Traceback" not in done.stderr
+    assert cli.summary("sweep/0")["status"] == "failed"
+    good = cli.summary("sweep/1")
+    assert good["status"] == "completed" and good["objective"] == good["final"]["eval/loss"]
+    assert f"{good['objective']:.4f}" in done.stdout and (cli.folder / "sweep" / "multirun.yaml").is_file()
+
+
+def test_a_signal_ends_a_sweep_and_nobody_else_may_train_there(cli: Cli) -> None:
+    words = cli.small("sweep", "stage.steps=5000", "stage.eval_every=0", "cluster.nproc=1")
+    launcher = cli.start("launch", "-m", *words[1:], "seed=1,2")
+    cli.wait_for_step("sweep/0", 3, launcher)
+    said = cli("resume", "sweep/0", status=2).stderr
+    assert f"sweep/0 is in use by process {launcher.pid} on " in said
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 75, said
+    assert cli.summary("sweep/0")["status"] == "preempted" and cli.summary("sweep/0")["steps"] >= 3
+    assert not (cli.folder / "sweep" / "1").exists()
+
+
+def _started(launcher: subprocess.Popen[str], module: str) -> int:
+    """How many processes below the launcher run a module."""
+    found = 0
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += process.cmdline()[1:3] == ["-m", module] or process.cmdline()[2:4] == ["-m", module]
+    return found
+
+
+@pytest.mark.parametrize(("module", "count"), [("torch.distributed.run", 1), ("drivetrain.train", 2)])
+def test_a_signal_while_everything_starts(module: str, count: int, cli: Cli, undisturbed: Cli) -> None:
+    """Before there are ranks that could be asked, or just after: it is no failure, and what is known stays."""
+    shutil.copytree(undisturbed.folder / "whole", cli.folder / "run")
+    before = cli.summary("run")
+    launcher = cli.start("resume", "run", "stage.steps=5000")
+    cli.wait_until(lambda: _started(launcher, module) == count, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 75, said
+    after = cli.summary("run")
+    assert after["status"] == "preempted"
+    for key in ("steps", "final", "best", "objective"):
+        assert after[key] == before[key]
+    assert cli.curve("run") == undisturbed.curve("whole")
 
 
 def test_wandb_offline_files_hold_the_metrics_and_a_resume_keeps_the_run(

@@ -55,7 +55,7 @@ def test_resume_on_other_ranks_and_another_engine(cli: Cli, undisturbed: Cli) ->
     """2 ranks FSDP2 -> SIGTERM -> 1 rank ZeRO-2 -> SIGTERM -> 4 ranks FSDP2, through the command line."""
     segments = [
         cli.small("run"),
-        ["resume", "run", "engine=zero", "engine.zero_stage=2", "engine.precision=fp32", "cluster.nproc=1"],
+        ["resume", "run", "engine=zero", "engine.zero_stage=2", "cluster.nproc=1"],
     ]
     for words, step in zip(segments, (6, 13), strict=True):
         launcher = cli.start(*words)
@@ -65,7 +65,7 @@ def test_resume_on_other_ranks_and_another_engine(cli: Cli, undisturbed: Cli) ->
         assert launcher.returncode == 75
         assert cli.summary("run")["status"] == "preempted"
         assert cli.summary("run")["steps"] < 24
-    cli("resume", "run", "engine=fsdp", "engine.precision=fp32", "cluster.nproc=4", "stage.micro_batch=1")
+    cli("resume", "run", "engine=fsdp", "cluster.nproc=4", "stage.micro_batch=1")
     assert cli.summary("run")["status"] == "completed"
     assert_close(cli.curve("run"), undisturbed.curve("whole"))
 
