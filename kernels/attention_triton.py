@@ -102,7 +102,7 @@ def _forward(
     N: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     # The last tokens of a document see the most keys: their programs go first, so that none of them ends last.
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * Q
     low, high, whole, edge = _span(seen_4T, seen_4T + T, begin, T, Q)
@@ -132,7 +132,7 @@ def _forward(
     sum_Q = tl.where(query_Q < T, sum_Q, 1.0)
     _store(out_TNH + head * H, out_QP / sum_Q[:, None], begin, T, N * H, H, P, Q)
     lse_Q = (top_Q + tl.log2(sum_Q)) * 0.6931471805599453  # ln 2
-    tl.store(lse_NT + head * tl.cast(T, tl.int64) + query_Q, lse_Q, mask=query_Q < T)
+    tl.store(lse_NT + head * T + query_Q, lse_Q, mask=query_Q < T)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -144,13 +144,13 @@ def _prepare(
     N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each row of scores: its log-sum-exp in base 2, and the sum of out · grad (Dao 2023, section 2.3.2)."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * ROWS
     out = _load(out_TNH + head * H, begin, T, N * H, H, P, ROWS).to(tl.float32)
     grad = _load(grad_TNH + head * H, begin, T, N * H, H, P, ROWS).to(tl.float32)
     token = begin + tl.arange(0, ROWS)
-    lse = tl.load(lse_NT + head * tl.cast(T, tl.int64) + token, mask=token < T, other=0.0)
-    rows_T = rows_2NT + head * tl.cast(T, tl.int64)
+    lse = tl.load(lse_NT + head * T + token, mask=token < T, other=0.0)
+    rows_T = rows_2NT + head * T
     tl.store(rows_T + token, lse * 1.4426950408889634, mask=token < T)  # log2(e)
     tl.store(rows_T + N * tl.cast(T, tl.int64) + token, tl.sum(out * grad, 1), mask=token < T)
 
@@ -169,8 +169,8 @@ def _backward_keys(
     first_T = seen_4T + 2 * tl.cast(T, tl.int64)
     low, high, whole, edge = _span(first_T, first_T + T, begin, T, S)
     first_S, past_S = _interval(first_T, first_T + T, begin + tl.arange(0, S), T)
-    k_SP = _load(k_TKH + kv_head * k_head, begin, T, k_token, H, P, S)
-    v_SP = _load(v_TKH + kv_head * v_head, begin, T, v_token, H, P, S)
+    k_SP = _load(k_TKH + kv_head.to(tl.int64) * k_head, begin, T, k_token, H, P, S)
+    v_SP = _load(v_TKH + kv_head.to(tl.int64) * v_head, begin, T, v_token, H, P, S)
     queries = tl.make_tensor_descriptor(q_TNH, [T, N, H], [q_token, q_head, 1], [Q, 1, P])
     grads = tl.make_tensor_descriptor(grad_TNH, [T, N, H], [N * H, H, 1], [Q, 1, P])
     dk_SP = tl.zeros((S, P), tl.float32)
@@ -210,12 +210,12 @@ def _backward_queries(
     N: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * Q  # as in _forward
     low, high, whole, edge = _span(seen_4T, seen_4T + T, begin, T, Q)
     query_Q = begin + tl.arange(0, Q)
     first_Q, past_Q = _interval(seen_4T, seen_4T + T, query_Q, T)
-    row_Q = rows_2NT + head * tl.cast(T, tl.int64) + query_Q
+    row_Q = rows_2NT + head * T + query_Q
     lse_Q = tl.load(row_Q, mask=query_Q < T, other=0.0)
     delta_Q = tl.load(row_Q + N * tl.cast(T, tl.int64), mask=query_Q < T, other=0.0)
     q_QP = _load(q_TNH + head * q_head, begin, T, q_token, H, P, Q)

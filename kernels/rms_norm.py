@@ -63,21 +63,9 @@ def add_rms_norm_torch(
 
 @triton.jit
 def _forward(
-    x,
-    inner,
-    outer_stride,
-    inner_stride,
-    residual_TD,
-    weight_D,
-    sum_TD,
-    out_TD,
-    rstd_T,
-    T,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, inner, outer_stride, inner_stride, residual_TD, weight_D, sum_TD, out_TD, rstd_T, T, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (column < D)[None, :]
@@ -100,23 +88,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x,
-    inner,
-    outer_stride,
-    inner_stride,
-    weight_D,
-    rstd_T,
-    grad_out_TD,
-    grad_sum_TD,
-    grad_x_TD,
-    grad_weight_PD,
-    T,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    RELOAD: tl.constexpr,
-):
+    x, inner, outer_stride, inner_stride, weight_D, rstd_T, grad_out_TD, grad_sum_TD, grad_x_TD, grad_weight_PD, T,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
     # With n = x·rstd and g = grad_out·weight: grad_x = rstd·(g − n·mean(g·n)), grad_weight = Σ grad_out·n.
     column = tl.arange(0, BLOCK)
     weight_kept = tl.load(weight_D + column, mask=column < D, other=0.0)

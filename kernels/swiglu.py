@@ -11,6 +11,7 @@ from drivetrain.kernels.op import Op, Variant, kernel_op, launch, register, tl, 
 
 BLOCK = 1024  # columns of one row that a program works on
 WARPS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def swiglu_ref(gate_up_TG: Tensor) -> Tensor:
@@ -92,7 +93,17 @@ _swiglu.register_autograd(_differentiate, setup_context=_keep)
 
 
 def swiglu_triton(gate_up_TG: Tensor) -> Tensor:
-    """One kernel forward, one backward; shapes and dtypes as in `swiglu_ref`. The arithmetic is fp32."""
+    """One kernel forward, one backward; shapes and dtypes as in `swiglu_ref`. The arithmetic is fp32.
+
+    Raises:
+        ValueError: not two dimensions, an odd number of columns, or fp64.
+    """
+    if gate_up_TG.ndim != 2 or gate_up_TG.shape[1] % 2:
+        raise ValueError(f"swiglu takes gate and up as one [T, 2F], not {tuple(gate_up_TG.shape)}")
+    if gate_up_TG.dtype not in DTYPES:
+        raise ValueError(
+            f"swiglu in Triton takes fp32, bf16 and fp16, not {gate_up_TG.dtype}; use another backend"
+        )
     return _swiglu(gate_up_TG.contiguous())
 
 

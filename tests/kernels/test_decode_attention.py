@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drivetrain.kernels.decode_attention import (
-    choose_splits,
-    decode_attention,
-    decode_attention_ref,
-    decode_attention_triton,
-)
+from drivetrain.kernels.decode_attention import decode_attention, decode_attention_ref
+from drivetrain.kernels.decode_attention_triton import choose_splits, decode_attention_triton
 from drivetrain.kernels.op import INTERPRETED
 
 TRITON = pytest.mark.skipif(

@@ -336,6 +336,26 @@ def test_chunks_of_known_models() -> None:
     assert chunk_tokens(8192, 8192, 256, 2) == 8192
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "sdpa",
+        pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+    ],
+)
+def test_a_frozen_matrix_has_no_gradient_and_changes_no_other(backend: str) -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = draw(7)
+    hidden_TD, weight_VD = hidden_TD.requires_grad_(), weight_VD.requires_grad_()
+    with chunks_of(5):
+        loss, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, backend=backend)
+        expected, _ = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+        loss, _ = linear_cross_entropy(hidden_TD, weight_VD.detach(), targets_T, weights_T, backend=backend)
+        kept = [tensor.shape for tensor in getattr(loss.grad_fn, "saved_tensors", ())]
+        (found,) = torch.autograd.grad(loss, (hidden_TD,))
+    assert torch.equal(found, expected)
+    assert weight_VD.shape not in kept
+
+
 # --- the operator -------------------------------------------------------------------------------------------
 
 INTERPRETED_ONLY = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -344,8 +364,8 @@ INTERPRETED_ONLY = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTE
 @INTERPRETED_ONLY
 def test_without_gradients_the_operator_keeps_torchs_rules() -> None:
     arguments = (*draw(5), 1e-3, 0.1, 0.0, -100)
-    torch.library.opcheck(torch.ops.drivetrain.linear_cross_entropy.default, (*arguments, False))
-    *_, grad_hidden, grad_weight = torch.ops.drivetrain.linear_cross_entropy(*arguments, False)
+    torch.library.opcheck(torch.ops.drivetrain.linear_cross_entropy.default, (*arguments, False, True))
+    *_, grad_hidden, grad_weight = torch.ops.drivetrain.linear_cross_entropy(*arguments, False, True)
     assert grad_hidden.numel() == grad_weight.numel() == 0
 
 
