@@ -2,14 +2,15 @@
 
 import os
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from drivetrain.conf.compose import flatten, load
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig
+from drivetrain.conf.source import MARKER as MARKER
 
-MARKER = "complete.json"  # written last into a checkpoint's folder
 _CHECKPOINT = re.compile(r"step_\d{8,}")
 NOT_THE_RUN = ("run_dir", "cluster.dry_run")  # neither says what a run is
 
@@ -62,18 +63,21 @@ def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def show(value: object) -> str:
     """A value as it is typed."""
+    if isinstance(value, Enum):
+        return str(value.name)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # Keys that a resume may change, and why it may not change the others.
 MAY_CHANGE = re.compile(
-    r"kernels|objective|experiment|(engine|cluster|tracker|checkpoint|alarms)\..*|optim\.(?!name$).*"
+    r"kernels|objective|experiment|lora\.dropout|(engine|cluster|tracker|checkpoint|alarms)\..*|optim\.(?!name$).*"
     r"|stage\.(steps|micro_batch|eval_.*|save_every|log_every|sample_.*)"
     r"|data\.(path|prefetch|mixture\..*)"
 )
 BATCH = "the batch of a step is a function of (seed, step) and would be another one"
 WHY_NOT = {
     "model": "the checkpoint holds the weights of this model",
+    "lora": "the checkpoint holds adapters of the old settings",
     "tokenizer": "the checkpoint has learned the token ids of the old one",
     "optim": "the checkpoint holds the moments of the old optimizer",
     "stage.name": "the checkpoint holds the state of the old stage",
@@ -81,6 +85,7 @@ WHY_NOT = {
     "seed": BATCH,
     "stage.seq_len": BATCH,
     "stage.tokens_per_step": BATCH,
+    "stage.too_long": BATCH,
 }
 
 
@@ -95,6 +100,8 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
         was, now = (", ".join(sorted(group)) or "none" for group in (names, set(new.data.mixture)))
         problems.append(f"the sources of data.mixture cannot change at a resume ({was}; now {now}): {BATCH}")
     for key, (was, now) in changes(old, new).items():
+        if key == "model.init_from" and new.lora.rank:
+            continue  # the frozen weights may lie elsewhere: the checkpoint knows them by their digest
         if not MAY_CHANGE.fullmatch(key) and key != "data.mixture":
             why = WHY_NOT.get(key) or WHY_NOT.get(key.partition(".")[0]) or "the loss would be another one"
             problems.append(f"{key} cannot change at a resume ({show(was)}; now {show(now)}): {why}")

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drivetrain.conf.schema import DataConfig, RunConfig
+from drivetrain.conf.schema import DataConfig, RunConfig, SftConfig
+from drivetrain.conf.source import tokenizer_of
 
 OWN_TOKENIZER = "leave tokenizer out to use the one the data was built with"
 ITEM_BYTES = {"uint16": 2, "int32": 4}
 IDX_HEADER_BYTES = 34  # data/shards.py describes both files
+BUILD_CHAT = "`drivetrain data build INPUT... --chat --tokenizer DIR --out DIR`"
 BUILD = "`drivetrain data build INPUT... --tokenizer DIR --out DIR`"
 
 
@@ -32,15 +34,21 @@ def data_problems(config: RunConfig) -> Iterator[str]:
                 f"{key} has a vocabulary of {size} tokens and model.vocab_size={vocab_size}; "
                 f"use model.vocab_size={math.ceil(size / 64) * 64}"
             )
-        yield from _windows(key, manifest, config)
+        yield from _kind(key, manifest, config)
         yield from _files(key, manifest)
     hashes = {key: manifest["tokenizer_hash"] for key, manifest in manifests.items()}
     first = next(iter(hashes), "")
     for key in hashes:
         if hashes[key] != hashes[first]:
             yield f"{key} and {first} were built with different tokenizers; build one of them again"
+    source = config.model.init_from
     if config.tokenizer is not None:
-        yield from _tokenizer(Path(config.tokenizer), manifests)
+        yield from _tokenizer(
+            f"tokenizer={config.tokenizer}", Path(config.tokenizer), OWN_TOKENIZER, manifests
+        )
+    elif source is not None and (found := tokenizer_of(Path(source))) is not None:
+        remedy = f"build the data with --tokenizer {found}"
+        yield from _tokenizer(f"the tokenizer of model.init_from={source}", found, remedy, manifests)
 
 
 def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -71,6 +79,30 @@ def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any
     return found
 
 
+def _kind(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """Conversations for fine-tuning, documents for pretraining, and enough of them."""
+    chat = any(shard.get("loss_tokens") is not None for shard in manifest["shards"])
+    if isinstance(config.stage, SftConfig):
+        if not chat:
+            yield f"{key} holds documents and stage=sft needs conversations; build them with {BUILD_CHAT}"
+        else:
+            yield from _conversations(key, manifest, config)
+    elif chat:
+        yield f"{key} holds conversations and stage={config.stage.name} needs documents; build them with {BUILD}"
+    else:
+        yield from _windows(key, manifest, config)
+
+
+def _conversations(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    if not _longest(manifest, "train"):
+        yield f"{key} has no conversation to train on; build it with a smaller --held-out"
+    if config.stage.eval_every and not _longest(manifest, "held_out"):
+        yield (
+            f"{key} has no held-out conversation and stage.eval_every={config.stage.eval_every}; build it with a "
+            "larger --held-out, or use stage.eval_every=0"
+        )
+
+
 def _windows(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
     """A window of seq_len + 1 tokens lies in one shard, so every source needs a shard that is as long."""
     stage = config.stage
@@ -97,6 +129,8 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
         documents = int(shard["documents"])
         sizes[f"{shard['name']}.bin"] = item * int(shard["tokens"])
         sizes[f"{shard['name']}.idx"] = IDX_HEADER_BYTES + documents * (4 + 8) + (documents + 1) * 8
+        if shard.get("loss_tokens") is not None:
+            sizes[f"{shard['name']}.weights"] = int(shard["tokens"])
     return sizes
 
 
@@ -116,10 +150,12 @@ def _files(key: str, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{key} is not what its manifest says: {wrong[0]}{others}; build or copy the data again"
 
 
-def _tokenizer(directory: Path, manifests: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _tokenizer(
+    word: str, directory: Path, remedy: str, manifests: dict[str, dict[str, Any]]
+) -> Iterator[str]:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        yield f"tokenizer={directory} has no tokenizer.json; {OWN_TOKENIZER}"
+        yield f"{word} has no tokenizer.json; {remedy}"
         return
     try:
         definition = json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +167,4 @@ def _tokenizer(directory: Path, manifests: dict[str, dict[str, Any]]) -> Iterato
         return
     for key, manifest in manifests.items():
         if manifest["vocab_size"] != size:
-            yield (
-                f"tokenizer={directory} has {size} tokens and {key} was built with {manifest['vocab_size']}; "
-                f"{OWN_TOKENIZER}"
-            )
+            yield (f"{word} has {size} tokens and {key} was built with {manifest['vocab_size']}; {remedy}")

@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.explain import explain, misuse
-from drivetrain.conf.schema import SCHEMAS, DataConfig, RunConfig
+from drivetrain.conf.schema import SCHEMAS, DataConfig, ModelConfig, RopeScaling, RunConfig
 from drivetrain.conf.schema import options as options
+from drivetrain.conf.source import model_of_init_from
 
 
 def register_schemas() -> None:
@@ -27,6 +28,12 @@ def register_schemas() -> None:
     for group, schemas in SCHEMAS.items():
         for option, schema in schemas.items():
             store.store(group=group, name=f"{option}_schema", node=_node(schema))
+    _register_source(ModelConfig(rope_scaling=RopeScaling()))  # not null, so that a word may set a part of it
+
+
+def _register_source(model: ModelConfig) -> None:
+    """What `model=auto` begins with."""
+    ConfigStore.instance().store(group="model", name="source_schema", node=OmegaConf.structured(model))
 
 
 def _node(schema: type) -> DictConfig:
@@ -36,11 +43,12 @@ def _node(schema: type) -> DictConfig:
     return node
 
 
-def compose(overrides: Sequence[str]) -> RunConfig:
+def compose(overrides: Sequence[str], source: ModelConfig | None = None) -> RunConfig:
     """Compose and type-check one run.
 
     Args:
         overrides: `key=value` words in Hydra's grammar.
+        source: what `model=auto` stands for, where that is known; else it is read from `model.init_from`.
 
     Raises:
         ConfigError: an unknown key, a wrong type or value, a missing group option, or words that are no
@@ -53,8 +61,11 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     try:
         with initialize_config_module("drivetrain.conf", version_base="1.3"):
             composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
-            experiment = composed.hydra.runtime.choices.get("experiment")
-            return to_run_config(composed, experiment)
+            if composed.hydra.runtime.choices.get("model") == "auto":
+                # Again, with the source's values below those of the experiment and the words.
+                _register_source(source or model_of_init_from(composed.model))
+                composed = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            return to_run_config(composed, composed.hydra.runtime.choices.get("experiment"))
     except ConfigError:
         raise
     except Exception as error:

@@ -48,6 +48,34 @@ class Kernels(Enum):
     reference = "reference"
 
 
+class Norm(Enum):
+    """RMSNorm, or LayerNorm with a bias."""
+
+    rms = "rms"
+    layer = "layer"
+
+
+class Mlp(Enum):
+    """down(silu(gate) · up), or down(gelu(up)) with GELU's tanh approximation."""
+
+    swiglu = "swiglu"
+    gelu = "gelu"
+
+
+class Positions(Enum):
+    """Rotated queries and keys, or a learned vector for each of `max_seq_len` positions."""
+
+    rope = "rope"
+    learned = "learned"
+
+
+class TooLong(Enum):
+    """What becomes of conversations longer than a row: they are left out, or their beginning is taken."""
+
+    drop = "drop"
+    truncate = "truncate"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -74,7 +102,8 @@ class RopeScaling:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; with LayerNorm, learned positions, GELU
+    and all biases it is GPT-2."""
 
     name: str = MISSING
     vocab_size: int = MISSING
@@ -85,9 +114,13 @@ class ModelConfig:
     head_dim: int = MISSING
     ffn_dim: int = MISSING
     max_seq_len: int = MISSING
+    positions: Positions = Positions.rope
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    nope_every: int = 0  # every n-th layer does without RoPE (SmolLM3: 4); 0: none
+    norm: Norm = Norm.rms
     norm_eps: float = 1e-5
+    mlp: Mlp = Mlp.swiglu
     qk_norm: bool = False  # RMSNorm over head_dim of q and k before RoPE (Qwen3)
     qkv_bias: bool = False  # Qwen2
     out_bias: bool = False  # with qkv_bias: transformers' `attention_bias` for Llama
@@ -95,7 +128,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     sliding_window: int | None = None  # a token attends to itself and the window-1 before it (Mistral)
     init_std: float = 0.02
-    init_from: str | None = None  # a run directory, or a directory with weights, to start from
+    init_from: str | None = None  # a run, a checkpoint or a Hugging Face directory to start from
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,6 +154,13 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class SftConfig(StageConfig):
+    """Conversations packed into rows of seq_len. `sample_prompts` are what a user says, answered as in a chat."""
+
+    too_long: TooLong = TooLong.drop
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineConfig:
     name: str = MISSING
     precision: Precision = Precision.bf16
@@ -138,6 +178,22 @@ class FsdpConfig(EngineConfig):
 class ZeroConfig(EngineConfig):
     zero_stage: int = 2
     offload: bool = False  # optimizer state and its step on the CPU
+
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every matrix of the blocks
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · B A."""
+
+    rank: int = 0  # 0: off, every weight is trained
+    alpha: float = 32.0
+    dropout: float = 0.0  # of what goes into the adapters
+    targets: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR]
+    )  # or q_proj, gate_proj ... as in transformers
+    init_from: str | None = None  # a directory with an adapter in PEFT's format to start from
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,6 +297,7 @@ class RunConfig:
     objective: str = "eval/loss"  # the number a sweep minimises; falls back to loss
     model: ModelConfig = MISSING
     stage: StageConfig = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = MISSING
@@ -254,7 +311,7 @@ class RunConfig:
 # Which class a group's option has. Each option's YAML begins with its schema, so an unknown key is refused.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"decoder": ModelConfig},
-    "stage": {"pretrain": PretrainConfig},
+    "stage": {"pretrain": PretrainConfig, "sft": SftConfig},
     "engine": {"fsdp": FsdpConfig, "zero": ZeroConfig},
     "data": {"shards": DataConfig},
     "optim": {"adamw": AdamWConfig, "muon": MuonConfig},

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drivetrain.conf.changes import MARKER, has_checkpoint
+from drivetrain.conf.changes import has_checkpoint, show
 from drivetrain.conf.check_data import data_problems
 from drivetrain.conf.compose import flatten
-from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.errors import ConfigError, DrivetrainError
+from drivetrain.conf.hf_config import differences
+from drivetrain.conf.hf_tensors import tensors_of
+from drivetrain.conf.lora import lora_problems
 from drivetrain.conf.ranges import ABOVE_ZERO, RANGES
 from drivetrain.conf.schema import (
     SCHEMAS,
@@ -20,10 +23,12 @@ from drivetrain.conf.schema import (
     Kernels,
     ModelConfig,
     MuonConfig,
+    Positions,
     Precision,
     RunConfig,
     ZeroConfig,
 )
+from drivetrain.conf.source import Kind, describes, kind_of, model_of
 
 # What a step of every stage logs.
 METRICS = ("loss", "grad_norm", "step_seconds", "tokens_per_second", "mfu")
@@ -42,7 +47,7 @@ def validate(config: RunConfig, data: bool = True) -> None:
     problems = [*_ranges(config), *_names(config)]
     if not problems:  # what follows divides by these numbers
         problems += [*_model(config.model), *_batch(config), *_engine(config), *_cluster(config)]
-        problems += _kernels(config)
+        problems += [*_kernels(config), *lora_problems(config)]
     if data:
         problems += data_problems(config)
     if problems:
@@ -91,11 +96,15 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}; "
             f"use model.kv_heads={_near_divisors(model.heads, model.kv_heads)}"
         )
-    if model.head_dim % 2:
+    if model.head_dim % 2 and model.positions is Positions.rope:
         yield (
             f"model.head_dim={model.head_dim} is odd and rotary embeddings turn pairs of numbers; "
             f"use {_near_multiples(model.head_dim, 2)}"
         )
+    learned = model.positions is Positions.learned
+    if learned and (model.rope_scaling is not None or model.nope_every):
+        key = "nope_every" if model.nope_every else "rope_scaling"
+        yield f"model.{key} is about rotary embeddings, which model.positions=learned has not; use positions=rope"
     scaling = model.rope_scaling
     if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
         yield (
@@ -103,14 +112,35 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"low_freq_factor={scaling.low_freq_factor}"
         )
     if model.init_from is not None:
-        yield from _init_from(Path(model.init_from))
+        yield from _init_from(model, Path(model.init_from))
 
 
-def _init_from(source: Path) -> Iterator[str]:
+def _init_from(model: ModelConfig, source: Path) -> Iterator[str]:
+    """Whether there are whole weights, and whether they are those of this model."""
+    word, kind = f"model.init_from={source}", kind_of(source)
     if not source.is_dir():
-        yield f"model.init_from={source} is no directory; pass a run or a directory with weights"
-    elif not (source / MARKER).is_file() and not has_checkpoint(source):
-        yield f"model.init_from={source} holds no whole checkpoint; pass a run directory that has saved one"
+        yield f"{word} is no directory; pass a run or a directory with weights"
+    elif kind is None:
+        yield f"{word} has neither a checkpoint nor a config.json; pass a run directory or a Hugging Face directory"
+    elif kind is Kind.run and not has_checkpoint(source):
+        yield f"{word} holds no whole checkpoint; pass a run directory that has saved one"
+    elif kind is Kind.hugging_face or describes(source):
+        try:
+            theirs = model_of(source)
+            gaps = differences(model, theirs)
+            if gaps:
+                yield (
+                    f"{word} is another model: "
+                    + ", ".join(
+                        f"{key} is {show(was)} there and {show(here)} here"
+                        for key, (here, was) in gaps.items()
+                    )
+                    + "; use model=auto to take all of it from there"
+                )
+            elif kind is Kind.hugging_face:
+                tensors_of(source, theirs)
+        except DrivetrainError as error:
+            yield f"{word}: {error}"
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -4,9 +4,10 @@ Pure arithmetic on a `ModelConfig`, so that a plan needs no torch.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from drivetrain.conf.schema import ModelConfig, Precision
+from drivetrain.conf.lora import adapters_of
+from drivetrain.conf.schema import LoraConfig, Mlp, ModelConfig, Norm, Positions, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,12 +16,14 @@ class ParameterCount:
 
     Attributes:
         block_matrices: the part of `blocks` that is multiplied with, and that Muon updates.
+        positions: learned ones, looked up like the embedding.
         matmul: what each token is multiplied with: the blocks' matrices and the head, tied or not. Embeddings
             are looked up and not multiplied.
     """
 
     total: int
     embedding: int
+    positions: int
     head: int
     blocks: int
     block: int
@@ -30,30 +33,61 @@ class ParameterCount:
 
     @property
     def outside_blocks(self) -> int:
-        """Embedding, head and last norm: one FSDP group."""
+        """Embeddings, head and last norm: one FSDP group."""
         return self.total - self.blocks
+
+
+def up_rows(model: ModelConfig) -> int:
+    """Rows of the MLP's first matrix: gate and up, or up alone."""
+    return model.ffn_dim * (2 if model.mlp is Mlp.swiglu else 1)
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
     """Count the parameters of `drivetrain.model.transformer` without building it."""
     dim, ffn = model.dim, model.ffn_dim
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    matrices = dim * (q + 2 * kv) + q * dim + 3 * dim * ffn
-    vectors = 2 * dim + 2 * model.head_dim * model.qk_norm
-    vectors += (q + 2 * kv) * model.qkv_bias + dim * model.out_bias + (2 * ffn + dim) * model.mlp_bias
+    up, norm = up_rows(model), dim * (2 if model.norm is Norm.layer else 1)
+    matrices = dim * (q + 2 * kv) + q * dim + dim * (up + ffn)
+    vectors = 2 * norm + 2 * model.head_dim * model.qk_norm
+    vectors += (q + 2 * kv) * model.qkv_bias + dim * model.out_bias + (up + dim) * model.mlp_bias
     table = model.vocab_size * dim
+    positions = model.max_seq_len * dim if model.positions is Positions.learned else 0
     head = 0 if model.tie_embeddings else table
     blocks = model.layers * (matrices + vectors)
     return ParameterCount(
-        total=table + head + blocks + dim,
+        total=table + positions + head + blocks + norm,
         embedding=table,
+        positions=positions,
         head=head,
         blocks=blocks,
         block=matrices + vectors,
         block_matrices=model.layers * matrices,
-        final_norm=dim,
+        final_norm=norm,
         matmul=model.layers * matrices + table,
     )
+
+
+def trained_count(model: ModelConfig, lora: LoraConfig) -> tuple[ParameterCount, ParameterCount]:
+    """All parameters with a run's adapters, and those that it trains: all of them, or with LoRA the adapters."""
+    count = parameter_count(model)
+    sizes = [lora.rank * (spec.rows + spec.columns) for spec in adapters_of(model, lora)]
+    if not sizes:
+        return count, count
+    total = sum(sizes)
+    block = total // model.layers
+    none = dict.fromkeys(("embedding", "positions", "head", "final_norm"), 0)
+    adapters = ParameterCount(
+        total=total, blocks=total, block=block, block_matrices=total, matmul=total, **none
+    )
+    whole = replace(
+        count,
+        total=count.total + total,
+        blocks=count.blocks + total,
+        block=count.block + block,
+        block_matrices=count.block_matrices + total,
+        matmul=count.matmul + total,
+    )
+    return whole, adapters
 
 
 def mean_context(model: ModelConfig, seq_len: int) -> float:
@@ -63,18 +97,20 @@ def mean_context(model: ModelConfig, seq_len: int) -> float:
     return window - window * window / (2 * seq_len)
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def train_flops_per_token(model: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> float:
     """Floating-point operations of one forward and backward pass, per token.
 
         6 · matmul parameters  +  12 · layers · heads · head_dim · context
 
-    A multiplication by a weight costs 2 operations forward and 4 backward; embeddings stay as they are, looked
-    up for nothing, while the head's product counts. Attention multiplies queries with keys and probabilities
-    with values, 2 · 2 · heads · head_dim operations a key forward and twice that backward; `mean_context` counts
-    the causal half once (S/2 for PaLM's S, appendix B) and leaves packed documents, norms and recomputation out.
+    A multiplication by a weight costs 2 operations forward and 4 backward, of which 2 are the weight's gradient:
+    LoRA's frozen weights cost 4 in all, its adapters 6. Embeddings stay as they are, looked up for nothing, while
+    the head's product counts. Attention multiplies queries with keys and probabilities with values,
+    2 · 2 · heads · head_dim operations a key forward and twice that backward; `mean_context` counts the causal half
+    once (S/2 for PaLM's S, appendix B) and leaves packed documents, norms and recomputation out.
     """
     attention = 12 * model.layers * model.heads * model.head_dim * mean_context(model, seq_len)
-    return 6.0 * parameter_count(model).matmul + attention
+    whole, trained = trained_count(model, lora or LoraConfig())
+    return 4.0 * whole.matmul + 2.0 * trained.matmul + attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

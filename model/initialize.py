@@ -1,6 +1,6 @@
 """Initial weights as a function of (seed, name, position): the same on any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import xxhash
@@ -34,6 +34,17 @@ def _blocks(first: int, last: int) -> Iterator[int]:
 
 def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Write N(0, std²) into the local part; element i of the whole parameter depends on (seed, name, i)."""
+    _fill(
+        parameter, seed, name, lambda drawn, generator: drawn.normal_(0.0, 1.0, generator=generator).mul_(std)
+    )
+
+
+def fill_uniform(parameter: Tensor, bound: float, seed: int, name: str) -> None:
+    """Write uniform numbers from ±bound, as `fill_normal` does."""
+    _fill(parameter, seed, name, lambda drawn, generator: drawn.uniform_(-bound, bound, generator=generator))
+
+
+def _fill(parameter: Tensor, seed: int, name: str, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
     local, row = local_rows(parameter)
     if local.numel() == 0:
         return
@@ -42,10 +53,10 @@ def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     flat = torch.empty(local.numel(), dtype=torch.float32)
     for block in _blocks(first, last):
         key = xxhash.xxh3_64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1
-        drawn = torch.randn(BLOCK, generator=torch.Generator().manual_seed(key))
+        drawn = draw(torch.empty(BLOCK), torch.Generator().manual_seed(key))
         start, stop = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
         flat[start - first : stop - first] = drawn[start - block * BLOCK : stop - block * BLOCK]
-    local.copy_(flat.mul_(std).view(local.shape))
+    local.copy_(flat.view(local.shape))
 
 
 @torch.no_grad()
@@ -54,7 +65,7 @@ def initialize(model: Transformer, cfg: ModelConfig, seed: int) -> None:
     scaled by 1/sqrt(2·layers) (GPT-2), norms 1, biases 0."""
     for name, parameter in unique_parameters(model):
         if parameter.dim() == 1:
-            nn.init.constant_(parameter, 1.0 if "norm" in name else 0.0)
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
             continue
         writes_residual = name.endswith(("wo.weight", "w_down.weight"))
         std = cfg.init_std / (2 * cfg.layers) ** 0.5 if writes_residual else cfg.init_std

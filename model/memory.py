@@ -10,6 +10,7 @@ with what the model keeps on a CPU; neither has been compared with measured peak
 
 from dataclasses import dataclass
 
+from drivetrain.conf.lora import adapters_of
 from drivetrain.conf.schema import (
     Checkpointing,
     Device,
@@ -17,13 +18,15 @@ from drivetrain.conf.schema import (
     Kernels,
     ModelConfig,
     MuonConfig,
+    Norm,
     OptimConfig,
+    Positions,
     Precision,
     RunConfig,
     ZeroConfig,
 )
 from drivetrain.kernels.chunks import CHUNK_TOKENS, TILE_ELEMENTS, chunk_tokens
-from drivetrain.model.flops import ParameterCount, parameter_count
+from drivetrain.model.flops import ParameterCount, trained_count, up_rows
 
 # A step's peaks: all activations and a chunk of logits; the last block's backward pass; the first block's, with
 # all gradients; the update.
@@ -82,13 +85,13 @@ def estimate(config: RunConfig, micro_batch: int, device: Device | None = None) 
     on_cpu = (device or config.cluster.device) is Device.cpu
     tokens = micro_batch * config.stage.seq_len
     accumulates = micro_batch < sequences_per_rank(config)
-    count = parameter_count(model)
-    state = _engine_state(config, count, accumulates)
+    state = _engine_state(config, accumulates)
     blocks, working = block_activations(config, tokens, on_cpu)
     # cos and sin in fp32; tokens, targets, positions and weights; who sees whom.
-    shared = tokens * (4 * model.head_dim + 20 + _view(config, on_cpu))
+    angles = 4 * model.head_dim if model.positions is Positions.rope else 0
+    shared = tokens * (angles + 20 + _view(config, on_cpu))
     ends, loss = _head(config, tokens, on_cpu)
-    kept = shared + model.layers * blocks
+    kept = shared + model.layers * blocks + adapter_activations(config, tokens)
     activations = (kept + ends, kept, shared + blocks, 0)
     working_sets = (loss, working, working, 0)
     table = {}
@@ -139,10 +142,13 @@ def block_activations(config: RunConfig, tokens: int, on_cpu: bool = False) -> t
         4N bytes  logsumexp of attention             8 bytes    1/rms of both norms
         4(N+K) bytes more with norms of query and key, for 1/rms
 
+    GPT-2's block keeps no turned query and key, 2F in its MLP (up, gelu(up)), and 8 bytes more for means.
+
     No scores: the attention kernel is assumed to be a fused one. checkpointing=block keeps the D of the input
     and computes the rest again; selective keeps D, the outputs of the matmuls (wqkv, wo, gate and up, w_down)
-    and of attention. The backward pass of a block begins with D + 3F of gradients. On a CPU, norms are not
-    fused and keep their input and their normalised output in fp32. torch.compile keeps less than all this.
+    and of attention. The backward pass of a block begins with D + 3F of gradients (GPT-2: D + 2F). On a CPU,
+    RMSNorms are not fused and keep their input and their normalised output in fp32. torch.compile keeps less than
+    all this.
 
     Args:
         tokens: T.
@@ -155,17 +161,20 @@ def block_activations(config: RunConfig, tokens: int, on_cpu: bool = False) -> t
     dim, ffn = model.dim, model.ffn_dim
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     softmax = 4 * model.heads
-    none = e * (4 * dim + 2 * q + kv + q + 2 * kv + 4 * ffn) + softmax + 8
-    selective = e * (3 * dim + 2 * q + 2 * kv + 2 * ffn) + softmax
+    turned = q + kv if model.positions is Positions.rope else 0
+    up = up_rows(model)
+    none = e * (4 * dim + 2 * q + 2 * kv + turned + 2 * up) + softmax + _norm_statistics(model, 2, e, on_cpu)
+    selective = e * (3 * dim + 2 * q + 2 * kv + up) + softmax
     heads = model.heads + model.kv_heads if model.qk_norm else 0
     none += 4 * heads
     fused = not on_cpu and config.kernels is not Kernels.reference
     if not fused:
-        none += _unfused_norm(e, 2 * dim + heads * model.head_dim) - (2 * dim * e if e == 2 else 0)
+        wide = 2 * dim if model.norm is Norm.rms else 0
+        none += _unfused_norm(e, wide + heads * model.head_dim) - (wide * e if e == 2 else 0)
     if config.kernels is Kernels.reference:
         # Scores of all T x T pairs: probabilities in fp32 and the boolean mask; q, k and v widened to N heads.
         none += 5 * model.heads * tokens + tokens + 12 * q
-    begins = e * (dim + 3 * ffn)
+    begins = e * (dim + up + ffn)
     match config.engine.checkpointing:
         case Checkpointing.none:
             kept, working = none, begins
@@ -174,6 +183,24 @@ def block_activations(config: RunConfig, tokens: int, on_cpu: bool = False) -> t
         case Checkpointing.selective:
             kept, working = selective, none - (selective - 2 * e * dim) + begins
     return tokens * kept, tokens * working
+
+
+def adapter_activations(config: RunConfig, tokens: int) -> int:
+    """Bytes that all adapters keep beside their frozen matrices.
+
+    x Aᵀ of each, and with dropout what is left of each matrix's input, and which of it; with
+    checkpointing=selective the outputs of both products, which are matmuls. With checkpointing=block they keep
+    nothing, and what they need in a block's backward pass is left out.
+    """
+    specs, lora = adapters_of(config.model, config.lora), config.lora
+    e, policy = element_bytes(config.engine.precision), config.engine.checkpointing
+    if policy is Checkpointing.block:
+        return 0
+    kept = sum(e * lora.rank + (e * spec.rows if policy is Checkpointing.selective else 0) for spec in specs)
+    if lora.dropout:
+        columns = {spec.module: spec.columns for spec in specs}
+        kept += (e + 1) * sum(columns.values())
+    return tokens * kept
 
 
 def _fused(config: RunConfig, on_cpu: bool) -> bool:
@@ -193,6 +220,13 @@ def _view(config: RunConfig, on_cpu: bool) -> int:
     return (1 + element_bytes(config.engine.precision)) * config.stage.seq_len
 
 
+def _norm_statistics(model: ModelConfig, norms: int, e: int, on_cpu: bool) -> int:
+    """Bytes a token: 1/rms of each norm in fp32; of a LayerNorm its mean too, on a CPU in the input's dtype."""
+    if model.norm is Norm.rms:
+        return 4 * norms
+    return 2 * norms * (e if on_cpu else 4)
+
+
 def _unfused_norm(e: int, width: int) -> int:
     """Bytes a token that a norm of `width` keeps beside a fused one's: its normalised output in fp32, and a
     widened copy of its input where that is not fp32 already."""
@@ -210,9 +244,10 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     """
     model, e = config.model, element_bytes(config.engine.precision)
     dim, vocab = model.dim, model.vocab_size
-    table, narrow = vocab * dim, e == 2
-    ends = tokens * (2 * e * dim + 4)
-    if on_cpu or config.kernels is Kernels.reference:
+    # A frozen head has no gradient.
+    table, narrow = (0 if config.lora.rank else vocab * dim), e == 2
+    ends = tokens * (2 * e * dim + _norm_statistics(model, 1, e, on_cpu))
+    if (on_cpu or config.kernels is Kernels.reference) and model.norm is Norm.rms:
         ends += tokens * _unfused_norm(e, dim)
     if config.kernels is Kernels.reference:
         return ends, tokens * vocab * 12
@@ -228,21 +263,38 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     return ends, loss + tokens * e * dim
 
 
-def _engine_state(config: RunConfig, count: ParameterCount, accumulates: bool) -> _State:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """Numbers of parameters: all that a rank's model has, those that are trained, and those that are frozen.
+
+    Trained ones have an fp32 master copy; frozen ones lie in the dtype of the forward pass (model/lora.py).
+    """
+
+    whole: ParameterCount
+    trained: ParameterCount
+
+    @property
+    def frozen(self) -> int:
+        return self.whole.total - self.trained.total
+
+
+def _engine_state(config: RunConfig, accumulates: bool) -> _State:
+    whole, trained = trained_count(config.model, config.lora)
+    sizes = _Sizes(whole=whole, trained=trained)
     match config.engine:
         case FsdpConfig():
-            return _fsdp(config, config.engine, count, accumulates)
+            return _fsdp(config, config.engine, sizes, accumulates)
         case ZeroConfig(zero_stage=0):
-            return _zero_0(config, count, accumulates)
+            return _zero_0(config, sizes, accumulates)
         case ZeroConfig(zero_stage=3):
-            return _zero_3(config, config.engine, count)
+            return _zero_3(config, config.engine, sizes)
         case ZeroConfig():
-            return _zero_1_2(config, config.engine, count, accumulates)
+            return _zero_1_2(config, config.engine, sizes, accumulates)
         case _:
             raise TypeError(f"no memory plan for {type(config.engine).__name__}")
 
 
-def _fsdp(config: RunConfig, cfg: FsdpConfig, count: ParameterCount, accumulates: bool) -> _State:
+def _fsdp(config: RunConfig, cfg: FsdpConfig, sizes: _Sizes, accumulates: bool) -> _State:
     """FSDP2: fp32 shards of weights, gradients and moments; whole weights of the root group and of two blocks,
     one of them prefetched.
 
@@ -250,23 +302,27 @@ def _fsdp(config: RunConfig, cfg: FsdpConfig, count: ParameterCount, accumulates
     """
     n = config.cluster.nodes * config.cluster.nproc // cfg.replicas
     e = element_bytes(cfg.precision)
-    so_far = 4 * count.total / n if accumulates else 0
-    shards = 4 * count.total / n
-    block, root = count.block, count.outside_blocks
-    all_blocks = 0 if cfg.reshard_after_forward else e * count.blocks
-    head_gradient = e * count.embedding
-    root_gradients = e * root
+    whole, trained = sizes.whole, sizes.trained
+    shards = 4 * trained.total / n
+    so_far = shards if accumulates else 0
+    block, root = whole.block, whole.outside_blocks
+    all_blocks = 0 if cfg.reshard_after_forward else e * whole.blocks
+    head_gradient = e * trained.embedding
+    root_gradients = e * trained.outside_blocks
     update = 16 * _largest_matrix(config.model) if isinstance(config.optim, MuonConfig) else 0
     return _State(
-        weights=4 * count.total / n,
-        optimizer=moment_bytes(config.optim, count) / n,
+        weights=(4 * trained.total + e * sizes.frozen) / n,
+        optimizer=moment_bytes(config.optim, trained) / n,
         moments=(
             (so_far, e * root + all_blocks),
             # The block's gradient in e bytes, and the fp32 buffer that it is reduced from.
-            (so_far + head_gradient, e * root + (all_blocks or 2 * e * block) + (e + 4) * block),
+            (so_far + head_gradient, e * root + (all_blocks or 2 * e * block) + (e + 4) * trained.block),
             (
                 shards + root_gradients,
-                e * root + (all_blocks or e * block) + e * block + 4 * max(block, root),
+                e * root
+                + (all_blocks or e * block)
+                + e * trained.block
+                + 4 * max(trained.block, trained.outside_blocks),
             ),
             (shards, update),
         ),
@@ -277,7 +333,7 @@ def _largest_matrix(model: ModelConfig) -> int:
     """Elements of the largest of the blocks' matrices, which Muon gathers to orthogonalise: in fp32, with a
     copy, its result and the iteration's products in bf16."""
     qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
-    return model.dim * max(qkv, 2 * model.ffn_dim)
+    return model.dim * max(qkv, up_rows(model))
 
 
 def _bucket(count: ParameterCount) -> int:
@@ -285,14 +341,15 @@ def _bucket(count: ParameterCount) -> int:
     return min(count.total, BUCKET)
 
 
-def _zero_0(config: RunConfig, count: ParameterCount, accumulates: bool) -> _State:
-    """Everything whole in fp32, and in bf16 a copy of the weights from the forward to the backward pass."""
+def _zero_0(config: RunConfig, sizes: _Sizes, accumulates: bool) -> _State:
+    """Everything whole in fp32, and in bf16 a copy of the trained weights from the forward to the backward pass."""
     e = element_bytes(config.engine.precision)
+    count = sizes.trained
     total, copy = 4 * count.total, 2 * count.total if e == 2 else 0
     so_far = total if accumulates else 0
     head_gradient = 0 if accumulates else 4 * count.embedding
     return _State(
-        weights=total,
+        weights=total + e * sizes.frozen,
         optimizer=moment_bytes(config.optim, count),
         moments=(
             (so_far, copy),
@@ -303,12 +360,13 @@ def _zero_0(config: RunConfig, count: ParameterCount, accumulates: bool) -> _Sta
     )
 
 
-def _zero_1_2(config: RunConfig, cfg: ZeroConfig, count: ParameterCount, accumulates: bool) -> _State:
+def _zero_1_2(config: RunConfig, cfg: ZeroConfig, sizes: _Sizes, accumulates: bool) -> _State:
     """Whole weights, and a part of the fp32 master copy and of the moments.
 
     In bf16, stage 1 is DeepSpeed's BF16_Optimizer: the whole gradient in bf16 and in fp32. Stage 2, and both in
     fp32, send gradients through a bucket; stage 2 keeps a part of them.
     """
+    count = sizes.trained
     n = config.cluster.nodes * config.cluster.nproc
     e = element_bytes(cfg.precision)
     master = part = 4 * count.total / n
@@ -337,36 +395,40 @@ def _zero_1_2(config: RunConfig, cfg: ZeroConfig, count: ParameterCount, accumul
     if cfg.offload:
         # Master copy, moments, gradients (those of earlier passes too), and the new weights on their way back.
         # The largest parameter is staged on both sides.
-        staged = e * max(count.embedding, _largest_matrix(config.model))
+        largest = max(count.embedding, _largest_matrix(config.model))
+        staged = e * min(largest, count.total)
         host = master + moments + part * (1 + accumulates) + e * count.total / n + staged
         buffers = (buffers[0] + staged, buffers[1] + staged, buffers[2] + staged, buffers[3] + staged)
         master = moments = 0.0
         if cfg.zero_stage == 2:
             gradients = (0, head_gradient, 0, 0)
     return _State(
-        weights=e * count.total,
+        weights=e * sizes.whole.total,
         optimizer=master + moments,
         moments=tuple(zip(gradients, buffers, strict=True)),
         host=host,
     )
 
 
-def _zero_3(config: RunConfig, cfg: ZeroConfig, count: ParameterCount) -> _State:
+def _zero_3(config: RunConfig, cfg: ZeroConfig, sizes: _Sizes) -> _State:
     """Every state in parts, gradients in fp32; weights are gathered up to a number of elements, and the bucket
-    that gradients go through is there from beginning to end."""
+    that gradients go through is there from beginning to end. LoRA's factors are whole on every rank, being
+    below DeepSpeed's stage3_param_persistence_threshold.
+    """
+    count, whole = sizes.trained, sizes.whole
     n = config.cluster.nodes * config.cluster.nproc
     e = element_bytes(cfg.precision)
     master = part = 4 * count.total / n
     moments = moment_bytes(config.optim, count) / n
     bucket = 4 * _bucket(count)
-    gathered = e * min(count.total, LIVE + count.block)
-    prefetch = e * min(count.total, PREFETCH)
+    gathered = e * min(whole.total, LIVE + whole.block)
+    prefetch = e * min(whole.total, PREFETCH)
     waiting = (6 if e == 2 else 4) * _bucket(count)
     gradients, optimizer, host = part, master + moments, 0.0
     if cfg.offload:
         gradients, optimizer, host = 0.0, 0.0, master + moments + 2 * part
     return _State(
-        weights=e * count.total / n,
+        weights=e * (sizes.frozen / n + (count.total if sizes.frozen else count.total / n)),
         optimizer=optimizer,
         moments=(
             (gradients, bucket + gathered + prefetch),

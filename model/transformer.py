@@ -1,11 +1,11 @@
-"""The decoder: what Llama 3, Qwen 2 and 3, Mistral and SmolLM2 share.
+"""The decoder: what Llama 3, Qwen 2 and 3, Mistral, SmolLM and GPT-2 share.
 
 T packed tokens · D width · N query heads · K key/value heads · H head dim · F hidden width of the MLP ·
 V vocabulary. There is no batch dimension: documents lie end to end, and `Documents` says where each begins.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,20 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from drivetrain.conf.schema import Checkpointing, ModelConfig, RopeScaling
+from drivetrain.conf.schema import Checkpointing, LoraConfig, Mlp, ModelConfig, Norm, Positions, RopeScaling
 from drivetrain.kernels.attention import Documents, attention
 from drivetrain.kernels.rms_norm import add_rms_norm, rms_norm
 from drivetrain.kernels.rope import rope, rope_frequencies, rope_tables
 from drivetrain.kernels.swiglu import swiglu
 
 R = TypeVar("R")
+
+
+class KeyValues(Protocol):
+    """In place of `Documents`: tokens that also see keys and values of earlier passes (`model.cache`)."""
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Keep this pass's keys and values, and return what its queries make of all that they see: [T, N, H]."""
 
 
 class _Norm(nn.Module):
@@ -45,9 +52,44 @@ class AddRMSNorm(_Norm):
         return add_rms_norm(x_TD, residual_TD, self.weight, eps=self.eps, backend=self.backend)
 
 
-class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+class LayerNorm(nn.Module):
+    """Torch's own, with weight and bias (Ba et al., 2016)."""
+
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.layer_norm(x_TD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class AddLayerNorm(LayerNorm):
+    """The norm of x + residual, and that sum."""
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        sum_TD = x_TD + residual_TD
+        return super().forward(sum_TD), sum_TD
+
+
+def _norm(cfg: ModelConfig, backend: str) -> nn.Module:
+    return (
+        LayerNorm(cfg.dim, cfg.norm_eps)
+        if cfg.norm is Norm.layer
+        else RMSNorm(cfg.dim, cfg.norm_eps, backend)
+    )
+
+
+def _add_norm(cfg: ModelConfig, backend: str) -> nn.Module:
+    if cfg.norm is Norm.layer:
+        return AddLayerNorm(cfg.dim, cfg.norm_eps)
+    return AddRMSNorm(cfg.dim, cfg.norm_eps, backend)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, backend: str, layer: int) -> None:
+        super().__init__()
+        self.layer, self.rotary = layer, is_rotary(cfg, layer)
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
         self.sliding_window, self.backend = cfg.sliding_window, backend
         # Query, key and value rows in one matrix: one product instead of three.
@@ -56,13 +98,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, backend) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, backend) if cfg.qk_norm else None
 
-    def forward(self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents | KeyValues
+    ) -> Tensor:
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv_TH = self.wqkv(x_TD).unflatten(-1, (sum(heads), self.head_dim))
         q_TNH, k_TKH, v_TKH = qkv_TH.split(heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        q_TNH, k_TKH = rope(q_TNH, k_TKH, cos_Th, sin_Th, backend=self.backend)
+        if self.rotary:
+            q_TNH, k_TKH = rope(q_TNH, k_TKH, cos_Th, sin_Th, backend=self.backend)
+        if not isinstance(documents, Documents):
+            return self.wo(documents.attend(self.layer, q_TNH, k_TKH, v_TKH).flatten(1))
         out_TNH = attention(
             q_TNH,
             k_TKH,
@@ -85,16 +132,31 @@ class MLP(nn.Module):
         return self.w_down(swiglu(self.w_gate_up(x_TD), backend=self.backend))
 
 
-class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig, backend: str) -> None:
-        super().__init__()
-        self.attn_norm = RMSNorm(cfg.dim, cfg.norm_eps, backend)
-        self.attn = Attention(cfg, backend)
-        self.mlp_norm = AddRMSNorm(cfg.dim, cfg.norm_eps, backend)
-        self.mlp = MLP(cfg, backend)
-        self.checkpointing = Checkpointing.none
+class GeluMLP(nn.Module):
+    """GPT-2's: GELU with the tanh approximation (Hendrycks and Gimpel, 2016)."""
 
-    def forward(self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents) -> Tensor:
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.w_up = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
+        self.w_down = nn.Linear(cfg.ffn_dim, cfg.dim, bias=cfg.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w_down(F.gelu(self.w_up(x_TD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, backend: str, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = _norm(cfg, backend)
+        self.attn = Attention(cfg, backend, layer)
+        self.mlp_norm = _add_norm(cfg, backend)
+        self.mlp = GeluMLP(cfg) if cfg.mlp is Mlp.gelu else MLP(cfg, backend)
+        self.checkpointing = Checkpointing.none
+        self.draws = False  # whether the forward pass draws random numbers
+
+    def forward(
+        self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents | KeyValues
+    ) -> Tensor:
         if self.checkpointing is Checkpointing.none or not torch.is_grad_enabled():
             return self._run(x_TD, cos_Th, sin_Th, documents)
         # Inside the block, so that parameter names and FSDP's hooks stay as they are.
@@ -106,11 +168,11 @@ class Block(nn.Module):
             sin_Th,
             documents,
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=self.draws,
             context_fn=keep,
         )
 
-    def _run(self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents) -> Tensor:
+    def _run(self, x_TD: Tensor, cos_Th: Tensor, sin_Th: Tensor, documents: Documents | KeyValues) -> Tensor:
         attended_TD = self.attn(self.attn_norm(x_TD), cos_Th, sin_Th, documents)
         normed_TD, x_TD = self.mlp_norm(attended_TD, x_TD)
         return x_TD + self.mlp(normed_TD)
@@ -163,9 +225,13 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: str) -> None:
         super().__init__()
         self.cfg = cfg
+        self.frequencies_h: Tensor | None = None  # no buffer: it stays fp32 whatever the model is cast to
+        self.lora = LoraConfig()  # the adapters that model/lora.py has added
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.blocks = nn.ModuleList(Block(cfg, backend) for _ in range(cfg.layers))
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, backend)
+        learned = cfg.positions is Positions.learned
+        self.position_embed = nn.Embedding(cfg.max_seq_len, cfg.dim) if learned else None
+        self.blocks = nn.ModuleList(Block(cfg, backend, layer) for layer in range(cfg.layers))
+        self.norm = _norm(cfg, backend)
         tied = cfg.tie_embeddings
         self.head = Head(self.embed.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim)))
 
@@ -179,22 +245,35 @@ class Transformer(nn.Module):
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        documents: Documents,
+        documents: Documents | KeyValues,
         read: Callable[[Tensor, Tensor], R],
     ) -> R:
         """Run T packed tokens.
 
         Args:
-            tokens_T: int32 or int64 [T]. positions_T: int [T], from 0 in each document.
-            documents: from `make_documents`, with this model's `sliding_window`.
+            tokens_T: int32 or int64 [T]. positions_T: int [T], from 0 in each document; below `max_seq_len`
+                where they are learned.
+            documents: from `make_documents`, with this model's `sliding_window`; or a pass of `model.cache`.
             read: called with hidden_TD (the compute dtype) and weight_VD.
         """
-        cos_Th, sin_Th = rope_tables(positions_T, _frequencies(self.cfg).to(positions_T.device))
+        if self.frequencies_h is None or self.frequencies_h.device != positions_T.device:
+            # Once: the copy from the host would break the capture of a CUDA graph.
+            self.frequencies_h = _frequencies(self.cfg).to(positions_T.device)
+        cos_Th, sin_Th = rope_tables(positions_T, self.frequencies_h)
         x_TD = self.embed(tokens_T)
-        documents = documents.with_bias(x_TD.dtype)
+        if self.position_embed is not None:
+            x_TD = x_TD + self.position_embed(positions_T)
+        if isinstance(documents, Documents):
+            documents = documents.with_bias(x_TD.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, cos_Th, sin_Th, documents)
         return self.head(self.norm(x_TD), read)
+
+
+def is_rotary(cfg: ModelConfig, layer: int) -> bool:
+    """Whether a layer, from 0, turns its queries and keys."""
+    left_out = cfg.nope_every > 0 and (layer + 1) % cfg.nope_every == 0
+    return cfg.positions is Positions.rope and not left_out
 
 
 def _frequencies(cfg: ModelConfig) -> Tensor:

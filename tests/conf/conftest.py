@@ -23,12 +23,23 @@ def shards(tmp_path: Path) -> Callable[..., Path]:
     """Makes a data directory whose files are as long as its manifest says, and empty: validation reads no token."""
 
     def make(
-        name: str = "data", *, train: int = 100_000, held_out: int = 10_000, parts: int = 1, **changes: Any
+        name: str = "data",
+        *,
+        train: int = 100_000,
+        held_out: int = 10_000,
+        parts: int = 1,
+        chat: bool = False,
+        **changes: Any,
     ) -> Path:
         counts = {TRAIN: train, HELD_OUT: held_out}
         infos = [
             ShardInfo(
-                name=f"{split}_{part}", split=split, tokens=count // parts, documents=part + 1, files={}
+                name=f"{split}_{part}",
+                split=split,
+                tokens=count // parts,
+                documents=part + 1,
+                files={},
+                loss_tokens=count // parts // 2 if chat else None,
             )
             for split, count in counts.items()
             for part in range(parts)

@@ -149,6 +149,12 @@ def test_these_may_not_change_at_a_resume(words: str, expected: str) -> None:
     assert str(caught.value) == expected
 
 
+def test_the_rows_of_fine_tuning_may_not_change_at_a_resume() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_resume(compose(["stage=sft"]), compose(["stage=sft", "stage.too_long=truncate"]))
+    assert str(caught.value) == f"stage.too_long cannot change at a resume (drop; now truncate): {BATCH}"
+
+
 def test_one_source_cannot_become_a_mixture_at_a_resume() -> None:
     check_resume(compose(["data.path=x"]), compose(["data.path=y"]))
     with pytest.raises(

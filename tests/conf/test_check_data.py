@@ -68,6 +68,39 @@ def test_a_window_lies_in_one_shard_of_every_source(shards: Make) -> None:
     assert problem(config) == lines[0]
 
 
+def test_fine_tuning_needs_conversations_and_pretraining_documents(shards: Make) -> None:
+    documents, chats = shards("documents"), shards("chats", chat=True)
+    validate(compose([f"data.path={chats}", "stage=sft"]))
+    build = BUILD.replace("INPUT...", "INPUT... --chat")
+    assert problem(compose([f"data.path={documents}", "stage=sft"])) == (
+        f"data.path={documents} holds documents and stage=sft needs conversations; build them with {build}"
+    )
+    assert problem(compose([f"data.path={chats}"])) == (
+        f"data.path={chats} holds conversations and stage=pretrain needs documents; build them with {BUILD}"
+    )
+
+
+def test_fine_tuning_needs_a_conversation_in_every_split_it_reads(shards: Make) -> None:
+    # Rows are made of conversations: none of them need be as long as a row.
+    short, silent = shards("short", chat=True, train=30, held_out=20), shards("silent", chat=True, held_out=0)
+    empty = shards("empty", chat=True, train=0)
+    validate(compose([f"data.path={short}", "stage=sft"]))
+    assert problem(compose([f"data.path={silent}", "stage=sft"])) == (
+        f"data.path={silent} has no held-out conversation and stage.eval_every=100; build it with a larger "
+        "--held-out, or use stage.eval_every=0"
+    )
+    validate(compose([f"data.path={silent}", "stage=sft", "stage.eval_every=0"]))
+    assert problem(compose([f"data.path={empty}", "stage=sft"])) == (
+        f"data.path={empty} has no conversation to train on; build it with a smaller --held-out"
+    )
+
+
+def test_the_weights_of_conversations_are_looked_at(shards: Make) -> None:
+    data = shards(chat=True)
+    (data / "train_0.weights").unlink()
+    assert "train_0.weights: No such file" in problem(compose([f"data.path={data}", "stage=sft"]))
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
 def test_every_file_of_the_manifest_is_looked_at(dtype: str, shards: Make) -> None:
     data = shards(parts=3, dtype=dtype)

@@ -9,9 +9,10 @@ from drivetrain.conf.schema import ModelConfig, MuonConfig, ZeroConfig
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "default": [],
-    **{f"model_{name}": [f"model={name}"] for name in options("model")},
+    **{f"model_{name}": [f"model={name}"] for name in options("model") if name != "auto"},
     **{f"experiment_{name}": [f"experiment={name}"] for name in options("experiment")},
     "engine_zero": ["engine=zero"],
+    "stage_sft": ["stage=sft"],
     "optim_muon": ["optim=muon"],
     "tracker_wandb": ["tracker=wandb"],
 }

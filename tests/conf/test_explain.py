@@ -9,12 +9,12 @@ from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import Kernels
 
 TOP = (
-    "run_dir, seed, kernels, tokenizer, objective, model, stage, engine, data, optim, cluster, tracker, "
+    "run_dir, seed, kernels, tokenizer, objective, model, stage, lora, engine, data, optim, cluster, tracker, "
     "checkpoint, alarms, experiment"
 )
 STAGE = (
     "steps, seq_len, tokens_per_step, micro_batch, eval_every, eval_tokens, save_every, log_every, "
-    "sample_prompts, sample_tokens, z_loss"
+    "sample_prompts, sample_tokens, z_loss, too_long"
 )
 MIXTURE = "write data.mixture={NAME: {path: DIR, weight: 1.0}}"
 NO_SCALING = (
@@ -41,6 +41,8 @@ WORDS = {
     "hydra.foo=1": "unknown key hydra.foo; Hydra has none of that name",
     "optim.lr.x=3": "unknown key optim.lr.x; optim.lr is a number",
     # keys of another option
+    "stage.too_long=drop": "stage.too_long belongs to stage=sft; add stage=sft",
+    "stage=sft stage.z_loss=1": "stage.z_loss belongs to stage=pretrain; add stage=pretrain",
     "engine.zero_stage=3": "engine.zero_stage belongs to engine=zero; add engine=zero",
     "engine=zero engine.reshard_after_forward=true": (
         "engine.reshard_after_forward belongs to engine=fsdp; add engine=fsdp"
@@ -76,6 +78,7 @@ WORDS = {
     "kernels=refrence": (
         f"kernels must be {either([k.name for k in Kernels])}, not refrence; did you mean reference?"
     ),
+    "stage=sft stage.too_long=cut": "stage.too_long must be drop or truncate, not cut",
     "engine.checkpointing=true": "engine.checkpointing must be none, block or selective, not true",
     # missing values and references
     "stage.steps=???": "stage.steps has no value; set stage.steps to a whole number",

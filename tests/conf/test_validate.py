@@ -40,8 +40,9 @@ def test_every_model_and_experiment_is_valid(shards: Make) -> None:
 @pytest.mark.parametrize("experiment", options("experiment"))
 @pytest.mark.parametrize("engine", options("engine"))
 def test_every_experiment_runs_on_every_engine(experiment: str, engine: str, shards: Make) -> None:
-    data = shards(train=10**6, held_out=10**5)
-    config = compose([f"data.path={data}", f"experiment={experiment}", f"engine={engine}"])
+    words = [f"experiment={experiment}", f"engine={engine}"]
+    data = shards(train=10**6, held_out=10**5, chat=compose(words).stage.name == "sft")
+    config = compose([f"data.path={data}", *words])
     validate(config)
     assert config.engine.name == engine
 

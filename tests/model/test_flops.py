@@ -5,13 +5,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drivetrain.conf.compose import compose
-from drivetrain.conf.schema import ModelConfig, Precision, options
+from drivetrain.conf.schema import Mlp, ModelConfig, Norm, Positions, Precision, options
 from drivetrain.kernels.attention import make_documents
 from drivetrain.kernels.linear_cross_entropy import linear_cross_entropy_ref
 from drivetrain.model.flops import find_gpu, mean_context, parameter_count, peak_flops, train_flops_per_token
 from drivetrain.model.transformer import build_model, unique_parameters
 
+PRESETS = [name for name in options("model") if name != "auto"]
+GPT2 = {
+    "norm": Norm.layer,
+    "mlp": Mlp.gelu,
+    "positions": Positions.learned,
+    "max_seq_len": 64,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+}
 VARIANTS = [
+    GPT2,
+    {"nope_every": 2},
     {"qk_norm": True},
     {"qkv_bias": True},
     {"out_bias": True, "mlp_bias": True},
@@ -23,9 +35,7 @@ def tiny(**changes: object) -> ModelConfig:
     return replace(compose(["model=tiny"]).model, **changes)
 
 
-@pytest.mark.parametrize(
-    "model", [compose([f"model={name}"]).model for name in options("model")], ids=options("model")
-)
+@pytest.mark.parametrize("model", [compose([f"model={name}"]).model for name in PRESETS], ids=PRESETS)
 def test_presets_have_the_parameters_that_are_counted(model: ModelConfig) -> None:
     assert_counted(model)
 
@@ -43,7 +53,7 @@ def assert_counted(cfg: ModelConfig) -> None:
     assert count.blocks == sum(p.numel() for p in blocks.values()) == cfg.layers * count.block
     assert count.block_matrices == sum(p.numel() for p in blocks.values() if p.dim() == 2)
     assert count.embedding == named["embed.weight"].numel()
-    assert count.total == count.blocks + count.embedding + count.head + count.final_norm
+    assert count.total == count.blocks + count.embedding + count.positions + count.head + count.final_norm
     assert (count.head == 0) is cfg.tie_embeddings
 
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from drivetrain.conf.schema import FsdpConfig, ModelConfig, Precision
+from drivetrain.conf.schema import FsdpConfig, Mlp, ModelConfig, Norm, Positions, Precision
 from drivetrain.model import initialize as module
 from drivetrain.model.initialize import fill_normal, initialize, local_rows
 from drivetrain.model.parallelize import shard
@@ -60,11 +60,15 @@ def empty_sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: list[Pla
     return torch.distributed.tensor.empty(shape, device_mesh=mesh, placements=placements)
 
 
-def test_each_matrix_has_its_mean_and_deviation() -> None:
-    cfg = config(init_std=0.05)
+GPT2 = {"norm": Norm.layer, "mlp": Mlp.gelu, "positions": Positions.learned, "kv_heads": 6}
+
+
+@pytest.mark.parametrize("changes", [{}, GPT2], ids=["llama", "gpt2"])
+def test_each_matrix_has_its_mean_and_deviation(changes: dict[str, object]) -> None:
+    cfg = config(init_std=0.05, **changes)
     for name, parameter in unique_parameters(whole(cfg)):
         if parameter.dim() == 1:
-            assert (parameter == ("norm" in name)).all(), name
+            assert (parameter == name.endswith("norm.weight")).all(), name
             continue
         residual = name.endswith(("wo.weight", "w_down.weight"))
         std = 0.05 / math.sqrt(6) if residual else 0.05

@@ -52,6 +52,7 @@ ENGINES: dict[str, tuple[list[str], float]] = {
     "zero 2 offload": (["engine=zero", "engine.offload=true"], 0),
     "zero 3": (["engine=zero", "engine.zero_stage=3"], 4 / RANKS + 4),
 }
+GPT2 = ["model.norm=layer", "model.mlp=gelu", "model.positions=learned", "model.kv_heads=6"]
 BLOCKS = {
     f"{precision} {policy} {' '.join(changes)}": [
         f"engine.precision={precision}",
@@ -64,6 +65,7 @@ BLOCKS = {
         [],
         ["model.qk_norm=true", "model.kv_heads=6"],
         ["model.qkv_bias=true", "model.mlp_bias=true"],
+        GPT2,
     )
 }
 
