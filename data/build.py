@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.data import tokenizer as tokenizers_of
+from drivetrain.data.conversations import ConversationReader
 from drivetrain.data.encode import Encoded, Task, batched, encode_all
-from drivetrain.data.readers import Reader
+from drivetrain.data.readers import Reader, Records
 from drivetrain.data.shards import (
     HELD_OUT,
     MANIFEST,
@@ -49,12 +51,16 @@ def build(
     overwrite: bool = False,
     strict: bool = False,
     progress: bool = True,
+    chat: bool = False,
 ) -> Manifest:
     """Tokenise documents into `out`: shards of at most `shard_tokens` tokens, a manifest, the tokenizer.
 
     Every document ends with the tokenizer's end-of-text token, and nothing written in a text becomes a
     control token. A document is held out where the hash of its text falls under the share `held_out`, so that
     equal texts are always on the same side. The bytes are the same for any number of workers (0: one a core).
+
+    With `chat` a document is a conversation, rendered with the tokenizer's chat template, ended as that ends it,
+    and with a weight for each token; it is held out by what comes before its first answer.
 
     Raises:
         ConfigError: an input, the tokenizer, a number or `out` cannot be used as given.
@@ -65,7 +71,12 @@ def build(
     if workers < 0 or shard_tokens < 1:
         raise ConfigError(f"workers={workers} and shard_tokens={shard_tokens} must be 0 and 1 at least")
     out = out.absolute()
-    reader = Reader(inputs, text_key=text_key, strict=strict)
+    reader: Records[Any]
+    if chat:
+        reader = ConversationReader(inputs, strict)
+        tokenizers_of.require_chat_template(tokenizer)
+    else:
+        reader = Reader(inputs, text_key=text_key, strict=strict)
     size, eos = tokenizers_of.vocab_size(tokenizer), tokenizers_of.eos_id(tokenizer)
     manifest = Manifest(
         dtype=dtype_for(size),
@@ -77,16 +88,17 @@ def build(
         licence=licence,
         held_out=held_out,
     )
-    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out)
+    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out, chat)
     with _unfinished(out, overwrite) as directory:
         batches = encode_all(batched(reader), task, workers or _cores())
         with contextlib.closing(batches), _Bar(reader, enabled=progress) as bar:
-            _write(batches, manifest, directory, shard_tokens, bar)
+            _write(batches, manifest, directory, shard_tokens, bar, reader)
         if not manifest.shards:
             first = f" (first: {reader.problems[0]})" if reader.problems else ""
             raise DataError(
                 f"nothing to build: every document of {len(reader.files)} files was left out, {reader.empty} "
-                f"empty and {reader.broken} broken{first}; check the inputs and --text-key"
+                f"empty and {reader.broken} broken{first}; check the inputs"
+                + ("" if chat else " and --text-key")
             )
         manifest.skipped = {"empty": reader.empty, "broken": reader.broken}
         manifest.tokenizer_files = tokenizers_of.copy_tokenizer(tokenizer, directory / "tokenizer")
@@ -123,7 +135,12 @@ def _warn(manifest: Manifest) -> None:
 
 
 def _write(
-    batches: Iterable[Encoded], manifest: Manifest, directory: Path, shard_tokens: int, bar: "_Bar"
+    batches: Iterable[Encoded],
+    manifest: Manifest,
+    directory: Path,
+    shard_tokens: int,
+    bar: "_Bar",
+    reader: Records[Any],
 ) -> None:
     """Distribute documents over the splits' shards, and record these in the manifest."""
     with contextlib.ExitStack() as stack:
@@ -131,9 +148,12 @@ def _write(
         for split in splits:
             stack.callback(split.abort)
         for batch in batches:
+            for where, what in batch.problems:
+                reader.problem(where, what)
             stops = np.cumsum(batch.lengths)
             for stop, length, held_out in zip(stops, batch.lengths, batch.held_out, strict=True):
-                splits[int(held_out)].add(batch.tokens[stop - length : stop])
+                weights = None if batch.weights is None else batch.weights[stop - length : stop]
+                splits[int(held_out)].add(batch.tokens[stop - length : stop], weights)
             for index, split in enumerate(splits):
                 split.text_bytes += int(batch.text_bytes[batch.held_out == bool(index)].sum())
             bar.advance(batch)
@@ -156,13 +176,14 @@ class _Split:
         self._shard_tokens = shard_tokens
         self._writer: ShardWriter | None = None
 
-    def add(self, tokens_T: np.ndarray) -> None:
+    def add(self, tokens_T: np.ndarray, weights_T: np.ndarray | None) -> None:
         if self._writer and self._writer.info.tokens + tokens_T.size > self._shard_tokens:
             self.close()
         if not self._writer:
             name = f"{self.name}_{len(self.shards):05d}"
-            self._writer = ShardWriter(self._directory, name, self.name, self._dtype)
-        self._writer.add(tokens_T)
+            weighted = weights_T is not None
+            self._writer = ShardWriter(self._directory, name, self.name, self._dtype, weighted)
+        self._writer.add(tokens_T, weights_T)
 
     def close(self) -> None:
         if self._writer:
@@ -259,7 +280,7 @@ def _put_in_place(directory: Path, out: Path) -> None:
 class _Bar:
     """Progress on stderr: bytes read of all, documents, MB of text and tokens a second."""
 
-    def __init__(self, reader: Reader, enabled: bool) -> None:
+    def __init__(self, reader: Records[Any], enabled: bool) -> None:
         self._reader = reader
         self._documents = self._bytes = self._tokens = 0
         self._progress = Progress(

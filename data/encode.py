@@ -1,39 +1,51 @@
-"""Tokenise batches of documents in several processes, in order."""
+"""Tokenise batches of documents or conversations in several processes, in order."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
 from drivetrain.conf.errors import DrivetrainError
+from drivetrain.data.chat import Chat
+from drivetrain.data.conversations import Conversation
+from drivetrain.data.readers import Unusable
 from drivetrain.data.shards import DTYPES
 from drivetrain.data.tokenizer import load_text_tokenizer
 
 BATCH_BYTES = 1 << 19  # of text that one task tokenises
 BATCH_DOCUMENTS = 2048
 
+S = TypeVar("S", bound=Sized)
+
 
 @dataclass(slots=True)
 class Encoded:
-    """A batch's tokens, one document after another, and each document's tokens, split and UTF-8 bytes."""
+    """A batch's tokens, one document after another, and each document's tokens, split and UTF-8 bytes.
+
+    Conversations have a weight for each token, and `problems`: (where, why) of those left out.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
     held_out: np.ndarray
     text_bytes: np.ndarray
+    weights: np.ndarray | None = None
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,11 +56,15 @@ class Task:
     dtype: str
     eos_id: int
     held_out: float
+    chat: bool = False
+
+    def is_held_out(self, raw: bytes) -> bool:
+        return xxhash.xxh3_64_intdigest(raw) < int(self.held_out * 2**64)
 
 
-def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+def batched(texts: Iterable[S]) -> Iterator[list[S]]:
     """Documents in lists of about BATCH_BYTES."""
-    batch: list[str] = []
+    batch: list[S] = []
     size = 0
     for text in texts:
         batch.append(text)
@@ -71,18 +87,54 @@ def encode(texts: list[str], tokenizer: Tokenizer, task: Task) -> Encoded:
         tokens[start : start + len(row)] = row
         tokens[start + len(row)] = task.eos_id
         start += len(row) + 1
-    threshold = int(task.held_out * 2**64)
-    held_out = np.array([xxhash.xxh3_64_intdigest(text) < threshold for text in raw], dtype=bool)
+    held_out = np.array([task.is_held_out(text) for text in raw], dtype=bool)
     return Encoded(tokens, lengths, held_out, np.array([len(text) for text in raw], dtype=np.int64))
+
+
+def encode_chat(conversations: Sequence[Conversation], chat: Chat, task: Task) -> Encoded:
+    """Render and tokenise a batch.
+
+    A conversation is held out by the hash of what comes before the first answer, so that all answers to a question
+    are on the same side.
+    """
+    parts: list[tuple[str, np.ndarray, np.ndarray]] = []
+    held_out: list[bool] = []
+    problems: list[tuple[str, str]] = []
+    for conversation in conversations:
+        try:
+            parts.append(chat.encode(conversation))
+        except Unusable as error:
+            problems.append((conversation.where, str(error)))
+            continue
+        asked = itertools.takewhile(lambda message: message["role"] != "assistant", conversation.messages)
+        held_out.append(task.is_held_out("\0".join(message["content"] for message in asked).encode()))
+    none = np.zeros(0, dtype=np.uint8)
+    return Encoded(
+        tokens=np.concatenate([none, *(tokens for _, tokens, _ in parts)]).astype(DTYPES[task.dtype]),
+        lengths=np.array([len(tokens) for _, tokens, _ in parts], dtype=np.int64),
+        held_out=np.array(held_out, dtype=bool),
+        text_bytes=np.array([len(text.encode()) for text, _, _ in parts], dtype=np.int64),
+        weights=np.concatenate([none, *(weights for _, _, weights in parts)]),
+        problems=problems,
+    )
+
+
+def encoder_of(task: Task) -> Callable[[Any], Encoded]:
+    """What turns a batch of texts, or of conversations, into tokens."""
+    if task.chat:
+        chat = Chat(task.tokenizer)
+        return lambda conversations: encode_chat(conversations, chat, task)
+    tokenizer = load_text_tokenizer(task.tokenizer)
+    return lambda texts: encode(texts, tokenizer, task)
 
 
 def _work(connection: Connection, task: Task) -> None:
     """A worker process: batches in, encoded batches out."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = load_text_tokenizer(task.tokenizer)
+    encoder = encoder_of(task)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent closed its end, or died
         while True:
-            connection.send(encode(connection.recv(), tokenizer, task))
+            connection.send(encoder(connection.recv()))
 
 
 class _Workers:
@@ -102,7 +154,7 @@ class _Workers:
         self._free: SimpleQueue[Connection] = SimpleQueue()
         resource_tracker.ensure_running()  # or the first start would do it, and unblock SIGINT on the way
 
-    def submit(self, texts: list[str]) -> Future[Encoded]:
+    def submit(self, texts: list[Any]) -> Future[Encoded]:
         if len(self._processes) < self.count:
             self._start()
         return self._threads.submit(self._ask, texts)
@@ -121,7 +173,7 @@ class _Workers:
         self._connections.append(ours)
         self._free.put(ours)
 
-    def _ask(self, texts: list[str]) -> Encoded:
+    def _ask(self, texts: list[Any]) -> Encoded:
         connection = self._free.get()
         try:
             connection.send(texts)
@@ -145,7 +197,7 @@ class _Workers:
             process.join()
 
 
-def encode_all(batches: Iterable[list[str]], task: Task, count: int) -> Generator[Encoded, None, None]:
+def encode_all(batches: Iterable[list[Any]], task: Task, count: int) -> Generator[Encoded, None, None]:
     """Tokenise batches in `count` processes and give the results in the order of the batches.
 
     Processes start as batches come, and end with the generator: at once when it is closed or fails.

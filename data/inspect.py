@@ -32,7 +32,7 @@ def inspect(directory: Path) -> dict[str, Any]:
     """Counts, document lengths in tokens, bytes per token and the beginnings of two documents of each split.
 
     Lengths are of every document, or of 2^20 at equal distances where there are more. The end-of-text token
-    counts as a token.
+    counts as a token. `loss_tokens` counts those that are learned in conversations; None for documents.
 
     Raises:
         DataError: the manifest or a shard is missing or not what it should be.
@@ -66,6 +66,7 @@ def _split(directory: Path, manifest: Manifest, name: str) -> dict[str, Any]:
         "shards": len(shards),
         "documents": documents,
         "tokens": tokens,
+        "loss_tokens": sum(shard.loss_tokens or 0 for shard in shards) if manifest.chat else None,
         "text_bytes": text_bytes,
         "bytes_per_token": text_bytes / tokens,
         "lengths": {
@@ -104,7 +105,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     )
     counts = Table(title="splits")
     lengths = Table(title="tokens a document")
-    for column in ("split", "shards", "documents", "tokens", "text MB", "bytes a token"):
+    for column in ("split", "shards", "documents", "tokens", "learned", "text MB", "bytes a token"):
         counts.add_column(column, justify="left" if column == "split" else "right")
     for column in ("split", "mean", *QUANTILES):
         lengths.add_column(column, justify="left" if column == "split" else "right")
@@ -115,6 +116,7 @@ def render(report: dict[str, Any]) -> RenderableType:
             f"{split['shards']:,}",
             f"{split['documents']:,}",
             f"{split['tokens']:,}",
+            "all" if split["loss_tokens"] is None else f"{split['loss_tokens']:,}",
             f"{split['text_bytes'] / 1e6:,.1f}",
             f"{split['bytes_per_token']:.2f}",
         )

@@ -47,6 +47,24 @@ def open_sources(cfg: DataConfig, split: str, seq_len: int) -> dict[str, Windows
     return {name: Windows(Path(path), split, seq_len, sharing=len(paths)) for name, path in paths.items()}
 
 
+def mixture_of(cfg: DataConfig, seed: int, state: dict[str, Any] | None) -> tuple[int, Mixture]:
+    """The next sample's number and the mixture from there on, from a source's `state` or from the beginning.
+
+    Raises:
+        CheckpointError: the state names other sources.
+    """
+    weights = {name: source.weight for name, source in cfg.mixture.items()} or {"data": 1.0}
+    sample, segment = 0, Segment(0, weights, {})
+    if state is not None:
+        sample, segment = int(state["sample"]), Segment(**state["segment"])
+        if set(segment.weights) != set(weights):
+            raise CheckpointError(
+                f"the checkpoint was trained on {sorted(segment.weights)}, this run names {sorted(weights)}; "
+                "a resume may change weights and paths, not names"
+            )
+    return sample, Mixture(segment, seed).reweighted(weights, sample)
+
+
 class PretrainSource:
     """Windows of the document stream(s), shuffled globally.
 
@@ -66,16 +84,7 @@ class PretrainSource:
             raise DataError(f"the sources of data.mixture end documents with different tokens: {sorted(eos)}")
         self.eos_id = eos.pop()
         self._share = share
-        weights = {name: source.weight for name, source in cfg.mixture.items()} or {"data": 1.0}
-        self._sample, segment = 0, Segment(0, weights, {})
-        if state is not None:
-            self._sample, segment = int(state["sample"]), Segment(**state["segment"])
-            if set(segment.weights) != set(weights):
-                raise CheckpointError(
-                    f"the checkpoint was trained on {sorted(segment.weights)}, this run names {sorted(weights)}; "
-                    "a resume may change weights and paths, not names"
-                )
-        self._mixture = Mixture(segment, seed).reweighted(weights, self._sample)
+        self._sample, self._mixture = mixture_of(cfg, seed, state)
         self._streams = {name: ShuffledWindows(windows, seed, name) for name, windows in sources.items()}
 
     def next_step(self) -> list[Batch]:

@@ -11,6 +11,8 @@ Megatron's index (megatron/core/datasets/indexed_dataset.py), little-endian and 
     int32     lengths[n], tokens
     int64     pointers[n], bytes into NAME.bin where each document starts
     int64     document_indices[n + 1], here 0, 1, ..., n
+
+Conversations have a third file, `NAME.weights`: one byte a token, 1 where it is learned, 0 where it is only read.
 """
 
 import contextlib
@@ -52,13 +54,17 @@ def dtype_for(vocab_size: int) -> str:
 
 @dataclass(slots=True)
 class ShardInfo:
-    """One shard as its manifest records it. `files` maps a file's name to its xxh3_64 hex digest."""
+    """One shard as its manifest records it. `files` maps a file's name to its xxh3_64 hex digest.
+
+    `loss_tokens` counts the tokens that are learned where they have weights; None: the shard has no weights.
+    """
 
     name: str
     split: str
     tokens: int
     documents: int
     files: dict[str, str]
+    loss_tokens: int | None = None
 
     @property
     def bin_name(self) -> str:
@@ -68,10 +74,15 @@ class ShardInfo:
     def idx_name(self) -> str:
         return f"{self.name}.idx"
 
+    @property
+    def weights_name(self) -> str:
+        return f"{self.name}.weights"
+
     def sizes(self, dtype: str) -> dict[str, int]:
         """Bytes that each file must have, by file name."""
         index = IDX_HEADER.size + self.documents * (4 + 8) + (self.documents + 1) * 8
-        return {self.bin_name: self.tokens * DTYPES[dtype].itemsize, self.idx_name: index}
+        sizes = {self.bin_name: self.tokens * DTYPES[dtype].itemsize, self.idx_name: index}
+        return sizes if self.loss_tokens is None else {**sizes, self.weights_name: self.tokens}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -145,12 +156,14 @@ class Manifest:
         for shard in self.shards:
             if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
                 raise ValueError(f"{shard.name!r} cannot name a shard")
-            if set(shard.files) != {shard.bin_name, shard.idx_name}:
-                raise ValueError(f"shard {shard.name} lists the files {sorted(shard.files)}")
             if not all(isinstance(count, int) and count > 0 for count in (shard.tokens, shard.documents)):
                 raise ValueError(
                     f"shard {shard.name} counts {shard.tokens!r} tokens in {shard.documents!r} documents"
                 )
+            if set(shard.files) != set(shard.sizes(self.dtype)):
+                raise ValueError(f"shard {shard.name} lists the files {sorted(shard.files)}")
+        if len({shard.loss_tokens is None for shard in self.shards}) > 1:
+            raise ValueError("some shards have weights and some have none")
         for name in self.tokenizer_files:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a tokenizer file")
@@ -165,6 +178,11 @@ class Manifest:
             _sync(file)
         temporary.replace(path)
         sync_directory(directory)
+
+    @property
+    def chat(self) -> bool:
+        """Whether the documents are conversations, whose tokens have weights."""
+        return any(shard.loss_tokens is not None for shard in self.shards)
 
     def split(self, name: str) -> list[ShardInfo]:
         """The shards of a split, in order; empty where there is no such split."""
@@ -183,9 +201,12 @@ class ShardWriter:
 
     As a context manager it closes when the block succeeds and removes what it wrote when the block fails.
     Memory: 4 bytes a document.
+
+    Args:
+        weighted: whether `add` is given weights.
     """
 
-    def __init__(self, directory: Path, name: str, split: str, dtype: str) -> None:
+    def __init__(self, directory: Path, name: str, split: str, dtype: str, weighted: bool = False) -> None:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name a shard")
         self.info = ShardInfo(name=name, split=split, tokens=0, documents=0, files={})
@@ -194,12 +215,18 @@ class ShardWriter:
         self._lengths = array("i")
         self._hash = xxhash.xxh3_64()
         self._bin: BinaryIO = self._temporary(self.info.bin_name).open("wb")
+        self._weights: BinaryIO | None = None
+        if weighted:
+            self.info.loss_tokens = 0
+            self._weights_hash = xxhash.xxh3_64()
+            self._weights = self._temporary(self.info.weights_name).open("wb")
 
     def _temporary(self, name: str) -> Path:
         return self._directory / f"{name}.tmp"
 
-    def add(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Append one document: integer tokens [length], length at least 1.
+    def add(self, tokens: npt.NDArray[np.integer], weights: npt.NDArray[np.uint8] | None = None) -> None:
+        """Append one document: integer tokens [length], length at least 1, and where the shard is weighted, their
+        weights [length], uint8 of 0 and 1.
 
         Raises:
             DataError: a token does not fit the shard's dtype, or the document is too long for the format.
@@ -210,6 +237,8 @@ class ShardWriter:
             raise DataError(
                 f"a document has {tokens.size} tokens and the format allows {MAX_DOCUMENT_TOKENS}; split it"
             )
+        if (weights is None) != (self._weights is None):
+            raise ValueError("a weighted shard needs weights for every document, and another one takes none")
         dtype = DTYPES[self._dtype]
         if tokens.dtype != dtype:
             low, high = int(tokens.min()), int(tokens.max())
@@ -222,18 +251,32 @@ class ShardWriter:
         raw = np.ascontiguousarray(tokens, dtype=dtype).data.cast("B")
         self._bin.write(raw)
         self._hash.update(raw)
+        if weights is not None:
+            self._add_weights(weights, tokens.size)
         self._lengths.append(tokens.size)
         self.info.tokens += tokens.size
         self.info.documents += 1
 
+    def _add_weights(self, weights: npt.NDArray[np.uint8], count: int) -> None:
+        if weights.shape != (count,) or weights.dtype != np.uint8 or weights.max() > 1:
+            raise ValueError(f"{count} tokens need as many weights, uint8 of 0 and 1")
+        assert self._weights is not None and self.info.loss_tokens is not None
+        raw = np.ascontiguousarray(weights).data.cast("B")
+        self._weights.write(raw)
+        self._weights_hash.update(raw)
+        self.info.loss_tokens += int(weights.sum())
+
     def close(self) -> ShardInfo:
-        """Write the index, flush both files to the disk and give them their names."""
+        """Write the index, flush all files to the disk and give them their names."""
         info = self.info
         if not info.documents:
             raise ValueError(f"shard {info.name} has no documents")
         _sync_and_close(self._bin)
         info.files[info.bin_name] = self._hash.hexdigest()
         info.files[info.idx_name] = self._write_index()
+        if self._weights is not None:
+            _sync_and_close(self._weights)
+            info.files[info.weights_name] = self._weights_hash.hexdigest()
         for name in info.files:
             self._temporary(name).replace(self._directory / name)
         sync_directory(self._directory)
@@ -241,9 +284,11 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        with contextlib.suppress(OSError):  # a full disk refuses the buffer's rest once more
-            self._bin.close()
-        for name in (self.info.bin_name, self.info.idx_name):
+        for file in (self._bin, self._weights):
+            with contextlib.suppress(OSError):  # a full disk refuses the buffer's rest once more
+                if file is not None:
+                    file.close()
+        for name in (self.info.bin_name, self.info.idx_name, self.info.weights_name):
             self._temporary(name).unlink(missing_ok=True)
 
     def _write_index(self) -> str:
@@ -289,10 +334,18 @@ def map_tokens(directory: Path, shard: ShardInfo, dtype: str) -> np.ndarray:
         DataError: the file is missing or its size is not what the manifest says. Its content is not read;
             `drivetrain data verify` does that.
     """
-    path = _sized(directory, shard, shard.bin_name, dtype)
+    return _map(_sized(directory, shard, shard.bin_name, dtype), DTYPES[dtype])
+
+
+def map_weights(directory: Path, shard: ShardInfo, dtype: str) -> np.ndarray:
+    """The tokens' weights as a read-only memory map, uint8 [shard.tokens] of 0 and 1; raises like the above."""
+    return _map(_sized(directory, shard, shard.weights_name, dtype), np.dtype(np.uint8))
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     # Not np.memmap: it takes three times as long to open, and every slice of one twice.
     with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=DTYPES[dtype])
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
 
 
 def map_document_ends(directory: Path, shard: ShardInfo) -> np.ndarray:

@@ -4,6 +4,7 @@ A directory holds `tokenizer.json` (the `tokenizers` library's format) beside `t
 `special_tokens_map.json`, which name the special tokens. Transformers is not needed to read it.
 """
 
+import importlib.resources
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ CONTROL_TOKENS = [END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>"]
 # Not "special" in Hugging Face's sense, so that decoding with skip_special_tokens keeps them: what parses
 # reasoning and tool calls out of a completion looks for them in its text.
 TAG_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+CHAT_TEMPLATE = "chat_template.jinja"  # of ours, and the name under which transformers looks for any
 MIN_VOCAB = 256 + len(CONTROL_TOKENS) + len(TAG_TOKENS)
 
 # What a merge never crosses: contractions, a word with one leading non-letter, up to three digits,
@@ -40,7 +42,7 @@ TOKENIZER_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "vocab.json",
     "merges.txt",
 ]
@@ -52,7 +54,8 @@ def train_tokenizer(
     """Train a byte-level BPE with exactly `vocab_size` tokens, special ones included, and save it in `out`.
 
     The same inputs give the same tokenizer. Ids: 256 bytes, merges, `CONTROL_TOKENS`, `TAG_TOKENS`. The
-    directory loads with `transformers.AutoTokenizer.from_pretrained`.
+    directory loads with `transformers.AutoTokenizer.from_pretrained`, and its chat template is ChatML with
+    marks for tool calls and reasoning.
 
     Raises:
         ConfigError: the vocabulary is too small, an input cannot be read, or `out` is not empty.
@@ -106,6 +109,8 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         "add_eos_token": False,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    template = importlib.resources.files("drivetrain.data") / CHAT_TEMPLATE
+    (out / CHAT_TEMPLATE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     temporary = out / "tokenizer.json.tmp"  # renamed last: a directory without tokenizer.json is none
     temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     temporary.replace(out / "tokenizer.json")
@@ -141,6 +146,75 @@ def load_text_tokenizer(directory: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
     tokenizer.encode_special_tokens = True  # encode them as the characters that they are written with
     return tokenizer
+
+
+def load_template_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer for what a chat template wrote: its control tokens count, and it adds and cuts nothing itself.
+
+    Offsets are characters of the text, spaces included.
+
+    Raises:
+        ConfigError: as `load_tokenizer`.
+    """
+    load_tokenizer(directory)
+    definition = _definition(directory)
+    definition.update(truncation=None, padding=None, post_processor=None)
+    return Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
+
+
+def chat_templates(directory: Path) -> dict[str, str]:
+    """The directory's chat templates by name, "default" the usual one; empty where there is none.
+
+    `chat_template.jinja` goes before "chat_template" in `tokenizer_config.json`, which may be a list of
+    {"name", "template"}.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = directory / CHAT_TEMPLATE
+    try:
+        if path.is_file():
+            return {"default": path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy the tokenizer again") from error
+    found = _settings(directory, "tokenizer_config.json").get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    return {str(item["name"]): str(item["template"]) for item in found or []}
+
+
+def require_chat_template(directory: Path) -> None:
+    """Raise ConfigError where there is none."""
+    if not chat_templates(directory):
+        raise ConfigError(
+            f"the tokenizer in {directory} has no chat template; add {CHAT_TEMPLATE} to it, or use the tokenizer "
+            "of a chat model"
+        )
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """What chat templates call `bos_token`, `eos_token` and so on."""
+    found = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in _settings(directory, file).items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(content, str):
+                found[name] = content
+    return found
+
+
+def _settings(directory: Path, name: str) -> dict[str, Any]:
+    """A JSON object beside the tokenizer; empty where the file is missing."""
+    path = directory / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no keys in it")
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a JSON object ({error}); copy the tokenizer again") from error
+    return found
 
 
 def _file(directory: Path) -> Path:
@@ -206,12 +280,7 @@ def eos_id(directory: Path) -> int:
     tokenizer = load_tokenizer(directory)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a JSON object ({error}); copy the tokenizer again") from error
+        token = _settings(directory, name).get("eos_token")
         if token is None:
             continue
         content = token["content"] if isinstance(token, dict) else token

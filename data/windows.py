@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from drivetrain.conf.errors import DataError
+from drivetrain.data.batch import Batch, batch_from_windows
 from drivetrain.data.permutation import Permutation
 from drivetrain.data.shards import DTYPES, Manifest, map_tokens
 
@@ -70,6 +71,10 @@ class Windows:
                 tokens = self._open(shard)
             out[row] = tokens[start : start + S + 1]
         return out
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """The given windows as one batch."""
+        return batch_from_windows(self.read(windows), self.manifest.eos_id)
 
     def _open(self, shard: int) -> np.ndarray:
         if (

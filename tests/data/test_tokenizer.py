@@ -92,6 +92,19 @@ def test_transformers_loads_it_and_agrees(trained: Path) -> None:
     assert theirs.decode(ours.encode(text).ids, skip_special_tokens=True) == TEXT + "user\n<think>hm</think>"
 
 
+def test_its_chat_template_is_saved_as_transformers_does(trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(trained)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert subject.chat_templates(tmp_path / "theirs") == subject.chat_templates(trained)
+    assert subject.special_tokens(trained)["eos_token"] == "<|endoftext|>"
+    assert "chat_template.jinja" in subject.copy_tokenizer(trained, tmp_path / "copy")
+
+
 def test_training_is_deterministic(corpus: Path, trained: Path, tmp_path: Path) -> None:
     script = "import sys; from pathlib import Path; from drivetrain.data.tokenizer import train_tokenizer; "
     script += "train_tokenizer([Path(sys.argv[1])], 320, Path(sys.argv[2]))"
@@ -102,7 +115,7 @@ def test_training_is_deterministic(corpus: Path, trained: Path, tmp_path: Path) 
             check=True,
             timeout=60,
         )
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (tmp_path / threads / name).read_bytes() == (trained / name).read_bytes()
 
 

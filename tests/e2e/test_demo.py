@@ -39,4 +39,7 @@ def test_make_demo_learns_and_leaves_its_traces(
         row["step"]: pytest.approx(row["loss"]) for row in rows
     }
     assert (demo / "run" / "report" / "index.html").is_file()
+    tuned = json.loads((demo / "sft" / "summary.json").read_text())
+    assert tuned["status"] == "completed" and tuned["final"]["eval/loss"] < 0.8
+    assert tuned["final"]["data/utilisation"] > 0.95
     assert "def read_" in done.stdout and str(demo / "run" / "report" / "index.html") in done.stdout

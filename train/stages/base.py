@@ -11,6 +11,7 @@ from drivetrain.train.engine.base import Engine, LossSums
 
 class Stage(Protocol):
     source: Source
+    notes: list[str]  # what to say of the data when the run starts
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:
         """Weighted sums over one micro-batch; see `LossSums`. Pure: knows no ranks."""
