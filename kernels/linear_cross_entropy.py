@@ -133,7 +133,10 @@ class _ChunkedLoss(torch.autograd.Function):
         buffer = None
         if hidden_TD.dtype != wide:  # a tile of logits, or a row of weights
             buffer = hidden_TD.new_empty(max(min(len(buffer_CV), rows) * V, weight_VD.shape[1]), dtype=wide)
-        gradients = Gradients(hidden_TD, weight_VD, CHUNK_TOKENS, buffer) if wants_grad else None
+        gradients = None
+        if wants_grad:
+            of_weight = ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+            gradients = Gradients(hidden_TD, weight_VD, CHUNK_TOKENS, buffer, of_weight)
         loss_T, nll_T = torch.empty(2, T, dtype=wide, device=hidden_TD.device)
         for start in range(0, T, CHUNK_TOKENS):
             hidden_CD = hidden_TD[start : start + CHUNK_TOKENS]
@@ -162,7 +165,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden_TD * grad_loss, grad_weight_VD * grad_loss, None, None, None, None
+        of_weight = ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        return grad_hidden_TD * grad_loss, grad_weight_VD * grad_loss if of_weight else None, *[None] * 4
 
 
 def linear_cross_entropy_chunked(
@@ -266,11 +270,12 @@ def _loss(
     softcap: float,
     ignore_index: int,
     wants_grad: bool,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     chunk = chunk_tokens(T, V, D, hidden_TD.element_size())
     logits_CV = buffer_CV = logits_buffer(hidden_TD, weight_VD, chunk)
-    gradients = Gradients(hidden_TD, weight_VD, chunk) if wants_grad else None
+    gradients = Gradients(hidden_TD, weight_VD, chunk, of_weight=of_weight) if wants_grad else None
     loss_T, nll_T = torch.empty(2, T, dtype=torch.float32, device=hidden_TD.device)
     for start in range(0, T, chunk):
         rows = slice(start, min(start + chunk, T))
@@ -305,21 +310,22 @@ def _loss(
 
 @_loss.register_fake
 def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, wants_grad = rest
+    *_, wants_grad, of_weight = rest
     loss, nll = (hidden_TD.new_empty((), dtype=torch.float32) for _ in range(2))
-    sizes = (hidden_TD.shape, weight_VD.shape) if wants_grad else ((0,), (0,))
+    sizes = hidden_TD.shape if wants_grad else (0,), weight_VD.shape if wants_grad and of_weight else (0,)
     return loss, nll, hidden_TD.new_empty(sizes[0]), weight_VD.new_empty(sizes[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, nll, grad_hidden_TD, grad_weight_VD = output
     ctx.mark_non_differentiable(nll, grad_hidden_TD, grad_weight_VD)
+    ctx.of_weight = inputs[-1]
     ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-    return grad_hidden_TD * grad_loss, grad_weight_VD * grad_loss, *[None] * 7
+    return grad_hidden_TD * grad_loss, grad_weight_VD * grad_loss if ctx.of_weight else None, *[None] * 8
 
 
 _loss.register_autograd(_differentiate, setup_context=_keep)
@@ -339,7 +345,8 @@ def linear_cross_entropy_triton(
     wants_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     options = float(z_loss), float(label_smoothing), float(softcap), ignore_index
     targets_T, loss_weights_T = targets_T.contiguous(), loss_weights_T.contiguous()
-    loss, nll, _, _ = _loss(hidden_TD, weight_VD, targets_T, loss_weights_T, *options, wants_grad)
+    wanted = wants_grad, weight_VD.requires_grad
+    loss, nll, _, _ = _loss(hidden_TD, weight_VD, targets_T, loss_weights_T, *options, *wanted)
     return loss, nll
 
 

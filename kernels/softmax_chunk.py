@@ -56,17 +56,26 @@ class Gradients:
 
     Args:
         chunk: tokens of a chunk. scratch: on a CPU, memory of the wide dtype for a row of weights or more.
+        of_weight: False for a frozen matrix, whose gradient is then empty, [0].
     """
 
     def __init__(
-        self, hidden_TD: Tensor, weight_VD: Tensor, chunk: int, scratch: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        chunk: int,
+        scratch: Tensor | None = None,
+        of_weight: bool = True,
     ) -> None:
         self.hidden_TD, self.weight_VD = hidden_TD, weight_VD
         narrow, several = weight_VD.dtype, hidden_TD.shape[0] > chunk
         self.grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape)
-        self.total_VD = weight_VD.new_empty(weight_VD.shape, dtype=widened(narrow) if several else narrow)
-        self.begun = False
+        self.begun, self.of_weight = False, of_weight
         self.part_VD: Tensor | None = None
+        if not of_weight:
+            self.total_VD = weight_VD.new_empty(0)
+            return
+        self.total_VD = weight_VD.new_empty(weight_VD.shape, dtype=widened(narrow) if several else narrow)
         if weight_VD.device.type == "cpu" and self.total_VD.dtype != narrow:
             # torch's CPU products write their inputs' dtype only.
             self.part_VD = weight_VD.new_empty(weight_VD.shape)
@@ -77,6 +86,8 @@ class Gradients:
         rows = slice(start, start + grad_CV.shape[0])
         hidden_CD = self.hidden_TD[rows]
         torch.mm(grad_CV, self.weight_VD, out=self.grad_hidden_TD[rows])
+        if not self.of_weight:
+            return
         beta = int(self.begun)  # with 0 the memory's old content, NaN or not, is left out
         if self.part_VD is not None:
             torch.mm(grad_CV.T, hidden_CD, out=self.part_VD)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 
 from drivetrain.data.batch import Batch
+from drivetrain.model.lora import adapter_parameters, base_parameters, merged_tensors
 from drivetrain.model.transformer import Transformer
 from drivetrain.train.mesh import World
 
@@ -32,11 +34,14 @@ class StepResult:
 class Engine(ABC):
     """One model on all ranks with its optimizer.
 
-    Checkpoint names are the same for every engine: `model.<name>`, `optim.<name>.<moment>`, all fp32.
+    Checkpoint names are the same for every engine: `model.<name>`, `optim.<name>.<moment>`, all fp32. Frozen
+    parameters have no moments and are in no checkpoint.
     """
 
     model: nn.Module  # called like a `Transformer`
+    transformer: Transformer  # its parameters have their own names
     world: World
+    dropout_seed: int | None = None  # given where the model drops at random
 
     def accumulate(self, batches: list[Batch], loss: Loss) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches of one step.
@@ -51,8 +56,14 @@ class Engine(ABC):
         # Both engines average gradients over ranks; the sum is wanted.
         scale = self.world.size / total
         sums: dict[str, Tensor] = {}
+        done = self.optimizer_steps() if self.dropout_seed is not None else 0
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
+            if (
+                self.dropout_seed is not None
+            ):  # a function of the step and of this rank's tokens, resumed or not
+                key = f"{self.dropout_seed}/{done}/{index}/{batch.digest}"
+                torch.manual_seed(xxhash.xxh3_64_intdigest(key.encode()) >> 1)
             self._before_forward(last)
             minimise, stats = loss(self.model, batch.to(self.world.device))
             self._backward(minimise * scale, last)
@@ -90,7 +101,7 @@ class Engine(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Master weights and moments under their neutral names; sharded tensors stay sharded.
+        """Trained master weights and moments under their neutral names; sharded tensors stay sharded.
 
         What one rank returns may be its part of the names only. Collective.
         """
@@ -103,9 +114,16 @@ class Engine(ABC):
     def load_optimizer(self, read: Callable[[dict[str, Tensor]], None], steps: int) -> None:
         """Restore the moments: `read` fills a dictionary of tensors by name, in place. Collective."""
 
-    @abstractmethod
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 weights on the CPU, one at a time, equal on every rank. Collective."""
+        """Whole fp32 weights on the CPU, one at a time, equal on every rank; adapters are merged. Collective."""
+        model = self.transformer
+        adapters = {name: self._whole(parameter) for name, parameter in adapter_parameters(model)}
+        weights = ((name, self._whole(parameter)) for name, parameter in base_parameters(model))
+        yield from merged_tensors(weights, adapters, model.cfg, model.lora) if adapters else weights
+
+    @abstractmethod
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """One whole parameter in fp32 on the CPU. Collective."""
 
 
 def _add(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from drivetrain.conf.schema import AdamWConfig, FsdpConfig, ModelConfig, MuonConfig, OptimConfig
 from drivetrain.model.parallelize import recompute_and_compile, shard
-from drivetrain.model.transformer import Transformer, unique_parameters
+from drivetrain.model.transformer import Transformer
 from drivetrain.train.engine.base import Engine, Fill, StepResult
 from drivetrain.train.mesh import World, shard_mesh
 from drivetrain.train.muon import MuonWithAdamW
-from drivetrain.train.optim import build_adamw, decay_groups, set_lr
+from drivetrain.train.optim import build_adamw, decay_groups, set_lr, trainable_parameters
 
 
 class FsdpEngine(Engine):
@@ -34,6 +34,7 @@ class FsdpEngine(Engine):
         recompute_and_compile(model, cfg)
         self.sharded = shard(model, cfg, self.mesh)  # the same object, seen as FSDP sees it
         self.model: nn.Module = model
+        self.transformer = model
         model.materialize(world.device)
         fill(model)
         match optim:
@@ -83,7 +84,7 @@ class FsdpEngine(Engine):
     def tensors(self) -> dict[str, Tensor]:
         self._reshard()
         found: dict[str, Tensor] = {}
-        for name, parameter in unique_parameters(self.model):
+        for name, parameter in trainable_parameters(self.model):
             found[f"model.{name}"] = parameter.detach()
             for moment, value in self._moments_of(name, parameter).items():
                 found[f"optim.{name}.{moment}"] = value
@@ -105,7 +106,7 @@ class FsdpEngine(Engine):
     def load_optimizer(self, read: Callable[[dict[str, Tensor]], None], steps: int) -> None:
         self._reshard()
         tensors: dict[str, Tensor] = {}
-        for name, parameter in unique_parameters(self.model):
+        for name, parameter in trainable_parameters(self.model):
             moments = self._moments_of(name, parameter)
             step = torch.tensor(float(steps), device=parameter.device)
             self.optimizer.state[parameter] = {"step": step, **moments}
@@ -114,9 +115,11 @@ class FsdpEngine(Engine):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        for name, parameter in unique_parameters(self.model):
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            yield name, whole.detach().cpu()
+        return super().full_weights()
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return whole.detach().float().cpu()
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> Callable[[str, Tensor], tuple[str, ...]]:

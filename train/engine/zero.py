@@ -7,7 +7,7 @@ its full-parameter accessors, one parameter at a time.
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from drivetrain.conf.schema import AdamWConfig, ModelConfig, OptimConfig, Precis
 from drivetrain.kernels.attention import make_documents
 from drivetrain.model.memory import BUCKET
 from drivetrain.model.parallelize import recompute_and_compile
-from drivetrain.model.transformer import Transformer, unique_parameters
+from drivetrain.model.transformer import Transformer
 from drivetrain.train.engine.base import Engine, Fill, StepResult
 from drivetrain.train.mesh import World
-from drivetrain.train.optim import build_adamw, decay_groups, set_lr
+from drivetrain.train.optim import build_adamw, decay_groups, set_lr, trainable_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -107,7 +107,8 @@ class ZeroEngine(Engine):
         model.materialize(world.device)
         fill(model)
         recompute_and_compile(model, cfg)
-        self.names = dict(unique_parameters(model))
+        self.names = dict(trainable_parameters(model))
+        self.transformer = model
         self.plain = cfg.zero_stage == 0  # the optimizer stays torch's: clipping and finite check are ours
         cast = self.plain and cfg.precision is Precision.bf16
         with contextlib.redirect_stdout(sys.stderr):  # it prints memory tables whatever it is told
@@ -117,6 +118,11 @@ class ZeroEngine(Engine):
                 config=deepspeed_config(cfg, optim, world.size, sum(p.numel() for p in self.names.values())),
                 dist_init_required=False,
             )
+        if cast:
+            # DeepSpeed takes fp32 weights only, and CastOnUse would cast those that never change at every pass.
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
         self.model: nn.Module = self.engine
         self.steps = 0
 
@@ -159,10 +165,17 @@ class ZeroEngine(Engine):
                 found.update({key: value.detach().float().cpu().clone() for key, value in whole.items()})
         return found
 
-    def _weight(self, parameter: Tensor) -> Tensor:
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return parameter.detach() if self.plain else safe_get_full_fp32_param(parameter)
+        if parameter.requires_grad and not self.plain:
+            return safe_get_full_fp32_param(parameter)
+        if hasattr(parameter, "ds_id"):  # frozen and partitioned: it has no master copy
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return parameter.detach()
 
     def _moment(self, parameter: Tensor, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -186,14 +199,17 @@ class ZeroEngine(Engine):
         return self.steps
 
     def load_optimizer(self, read: Callable[[dict[str, Tensor]], None], steps: int) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_optimizer_state()
         self.steps = steps
         self._link_moments()
         for name, parameter in self.names.items():
-            tensors = {f"optim.{name}.{moment}": torch.empty(_full_shape(parameter)) for moment in MOMENTS}
+            keys = [f"model.{name}", *(f"optim.{name}.{moment}" for moment in MOMENTS)]
+            tensors = {key: torch.empty(_full_shape(parameter)) for key in keys}
             read(tensors)
+            if not self.plain:  # it made its master copy from weights that it had rounded to bf16
+                safe_set_full_fp32_param(parameter, tensors[f"model.{name}"].to(self.world.device))
             for moment in MOMENTS:
                 value = tensors[f"optim.{name}.{moment}"].to(self.world.device)
                 if self.plain:
@@ -219,9 +235,8 @@ class ZeroEngine(Engine):
         for group, value in zip(inner.param_groups, decay, strict=True):
             group["weight_decay"] = value
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.names.items():
-            yield name, self._weight(parameter).detach().float().cpu()
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        return self._weight(parameter).detach().float().cpu()
 
 
 def _times_zero(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
