@@ -9,7 +9,7 @@ from drivetrain.conf.schema import RunConfig
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """`data.path`, the mixture's paths, `tokenizer` and `model.init_from`, seen from the current directory."""
+    """`data.path`, the mixture's paths, `tokenizer` and both `init_from`, seen from the current directory."""
     return _map(config, lambda _, path: _absolute(path))
 
 
@@ -50,4 +50,5 @@ def _map(config: RunConfig, change: Callable[[str, str], str]) -> RunConfig:
         data=replace(config.data, path=changed("data.path", config.data.path), mixture=mixture),
         tokenizer=changed("tokenizer", config.tokenizer),
         model=replace(config.model, init_from=changed("model.init_from", config.model.init_from)),
+        lora=replace(config.lora, init_from=changed("lora.init_from", config.lora.init_from)),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drivetrain.conf.errors import ConfigError
 
-SCRIPTS = {"kernels": "kernels.py", "step": "step.py", "data": "data_loading.py"}
+SCRIPTS = {"kernels": "kernels.py", "step": "step.py", "data": "data_loading.py", "rollout": "rollout.py"}
 
 
 def bench(name: str, arguments: list[str]) -> int:

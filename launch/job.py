@@ -15,7 +15,7 @@ from drivetrain.conf.changes import changes, check_resume, check_run_dir, has_ch
 from drivetrain.conf.compose import compose, flatten, load
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.conf.paths import absolute_paths, paths_at_resume
-from drivetrain.conf.schema import SCHEMAS, RunConfig, TorchrunConfig
+from drivetrain.conf.schema import SCHEMAS, ModelConfig, RunConfig, TorchrunConfig
 from drivetrain.conf.validate import validate
 from drivetrain.launch import local
 from drivetrain.launch.fit import check_machine, plan_here
@@ -87,15 +87,20 @@ def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResu
     run_dir = run_dir.absolute()
     old = load(run_dir / "config.yaml")
     said = read_overrides(run_dir)
-    words = merge_overrides(said, overrides)
+    words = merge_overrides(said, overrides, old.model)
     new = old
     if overrides:
         anew = map(key_of, overrides)
-        new = paths_at_resume(compose(words), flatten(compose(said)), flatten(old), anew)
+        new = paths_at_resume(
+            compose(words, old.model), flatten(compose(said, old.model)), flatten(old), anew
+        )
     new = replace(new, run_dir=str(run_dir))
     saved = has_checkpoint(run_dir)
-    # The run has a copy of its tokenizer, and once something is saved it starts from that.
-    plan = check(replace(new, tokenizer=None, model=replace(new.model, init_from=None)) if saved else new)
+    # The run has a copy of its tokenizer, and once something is saved it starts from that, but for LoRA's base.
+    begun = replace(new, tokenizer=None, lora=replace(new.lora, init_from=None))
+    if not new.lora.rank:
+        begun = replace(begun, model=replace(new.model, init_from=None))
+    plan = check(begun if saved else new)
     check_resume(old, new)
     for key, (was, now) in changes(old, new).items():
         console.print(f"{key}: {show(was)} -> {show(now)}", markup=False, highlight=False, soft_wrap=True)
@@ -105,14 +110,18 @@ def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResu
     return _begin(new, words, run_dir, console)
 
 
-def merge_overrides(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """`new` on top of `old`: the same key is replaced, and another option of a group keeps the keys that it has."""
+def merge_overrides(old: Sequence[str], new: Sequence[str], source: ModelConfig | None = None) -> list[str]:
+    """`new` on top of `old`: the same key is replaced, and another option of a group keeps the keys that it has.
+
+    Args:
+        source: what `model=auto` stands for.
+    """
     keys = {key_of(word) for word in new}
     groups = keys & set(SCHEMAS)
     kept = [word for word in old if key_of(word) not in keys]
     if groups:
         others = [word for word in kept if key_of(word).split(".")[0] not in groups]
-        chosen = compose([*others, *new])
+        chosen = compose([*others, *new], source)
         have = {f"{group}.{item.name}" for group in groups for item in fields(getattr(chosen, group))}
         kept = [word for word in kept if word in others or ".".join(key_of(word).split(".")[:2]) in have]
     return [*kept, *new]

@@ -19,6 +19,7 @@ from drivetrain.model.flops import (
     parameter_count,
     peak_flops,
     train_flops_per_token,
+    trained_count,
 )
 from drivetrain.model.memory import (
     MOMENTS,
@@ -73,6 +74,7 @@ class Plan:
 
     Attributes:
         memory: by moment of a step and by part; see `drivetrain.model.memory`.
+        trained_parameters: all of them, or those of LoRA's adapters, which `parameters` leaves out.
         host_memory: what each rank holds in the CPU's memory, for offload.
         usable_memory: the share of `gpu_memory` that a plan may fill.
         passes: forward and backward passes of a rank in each step.
@@ -90,6 +92,7 @@ class Plan:
     gpu_memory: float
     usable_memory: float
     parameters: ParameterCount
+    trained_parameters: int
     micro_batch: int
     micro_batch_chosen: bool
     passes: int
@@ -135,13 +138,13 @@ def make_plan(
     available = gpu_memory or found.memory
     size, memory = _memory(config, available)
     fits = memory.peak <= USABLE * available
-    count = parameter_count(config.model)
+    count, (_, trained) = parameter_count(config.model), trained_count(config.model, config.lora)
     stage, engine = config.stage, config.engine
     ranks = config.cluster.nodes * config.cluster.nproc
     # The trainer lets tensor cores multiply fp32 (float32_matmul_precision "high").
     peak = peak_flops(found.name, "bf16" if engine.precision is Precision.bf16 else "tf32")
     assert peak is not None
-    flops = train_flops_per_token(config.model, stage.seq_len)
+    flops = train_flops_per_token(config.model, stage.seq_len, config.lora)
     rate = mfu * peak * ranks / flops
     tokens = stage.tokens_per_step * stage.steps
     return Plan(
@@ -156,6 +159,7 @@ def make_plan(
         gpu_memory=available,
         usable_memory=USABLE * available,
         parameters=count,
+        trained_parameters=trained.total,
         micro_batch=size,
         micro_batch_chosen=stage.micro_batch == "auto",
         passes=sequences_per_rank(config) // size,
@@ -175,7 +179,7 @@ def make_plan(
         step_seconds=stage.tokens_per_step / rate,
         wall_seconds=tokens / rate,
         gpu_hours=tokens / rate * ranks / 3600,
-        checkpoint_bytes=4 * count.total + moment_bytes(config.optim, count),
+        checkpoint_bytes=4 * trained.total + moment_bytes(config.optim, trained),
     )
 
 
@@ -344,6 +348,9 @@ def _numbers_table(plan: Plan) -> Table:
     table.add_column(style="dim")
     blocks = f"{_number(count.blocks)} in blocks, {embedding}"
     table.add_row("Parameters", _number(count.total), blocks)
+    if plan.trained_parameters != count.total:
+        share = plan.trained_parameters / count.total
+        table.add_row("Trained", _number(plan.trained_parameters), f"{share:.2%} of them more, as adapters")
     table.add_row("Micro-batch", f"{plan.micro_batch:,} × {plan.seq_len:,}", f"{chosen}; {passes} a step")
     table.add_row(
         "FLOPs a token", _number(plan.flops_per_token), "forward and backward, recomputation left out"

@@ -14,6 +14,7 @@ from pathlib import Path
 from drivetrain.conf.compose import to_yaml
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig
+from drivetrain.conf.source import tokenizer_of
 from drivetrain.train.lock import lock_run_dir
 
 OVERRIDES = "overrides.txt"
@@ -73,7 +74,10 @@ def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> 
             write_text(run_dir / "dirty.patch", patch)
         tokenizer = tokenizer_dir(config)
         if tokenizer is not None and not (run_dir / "tokenizer").exists():
-            shutil.copytree(tokenizer, run_dir / "tokenizer.tmp", dirs_exist_ok=True)
+            from drivetrain.data.tokenizer import copy_tokenizer
+
+            shutil.rmtree(run_dir / "tokenizer.tmp", ignore_errors=True)
+            copy_tokenizer(tokenizer, run_dir / "tokenizer.tmp")  # and no weights that lie beside it
             (run_dir / "tokenizer.tmp").rename(run_dir / "tokenizer")
         write_text(run_dir / "config.yaml", to_yaml(config))  # last: a folder with it is a run directory
     except OSError as error:
@@ -103,9 +107,15 @@ def _as_line(word: str) -> str:
 
 
 def tokenizer_dir(config: RunConfig) -> Path | None:
-    """The tokenizer that was asked for, or the one that lies beside the first source's shards."""
+    """The tokenizer that was asked for, or that of the weights to start from, or the one that lies beside the first
+    source's shards."""
     if config.tokenizer is not None:
         return Path(config.tokenizer)
+    if (
+        config.model.init_from is not None
+        and (found := tokenizer_of(Path(config.model.init_from))) is not None
+    ):
+        return found
     paths = (
         [config.data.path] if config.data.path else [source.path for source in config.data.mixture.values()]
     )

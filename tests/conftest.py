@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -168,3 +169,45 @@ def wandb_history() -> Callable[[Path, str], list[tuple[int, float]]]:
         return points
 
     return history
+
+
+# --- a model to evaluate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """268 tokens: the bytes, a few merges and the special ones."""
+    from drivetrain.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.txt").write_text("the cat sat on the mat; " * 50)
+    train_tokenizer([folder / "a.txt"], 268, folder / "tok")
+    return folder / "tok"
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[..., Path]:
+    """`tiny_hf(window=None, vocab=272)` -> the directory of a random Llama, or of a Mistral with a sliding window,
+    whose predictions differ clearly. It sees 96 tokens; those from 268 on are padding that has no text."""
+
+    def make(window: int | None = None, vocab: int = 272) -> Path:
+        import transformers
+
+        folder = tmp_path_factory.mktemp("hf")
+        sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 32, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+        sizes |= {"max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 258}
+        kind = "Llama" if window is None else "Mistral"
+        config = getattr(transformers, f"{kind}Config")(
+            **sizes, **({} if window is None else {"sliding_window": window})
+        )
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+        model.save_pretrained(folder)
+        shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
+        return folder
+
+    return make

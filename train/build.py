@@ -11,19 +11,34 @@ import torch
 import torch.distributed as dist
 
 from drivetrain.conf.errors import CheckpointError, ConfigError
-from drivetrain.conf.schema import Device, FsdpConfig, PretrainConfig, RunConfig, ZeroConfig
+from drivetrain.conf.schema import (
+    Device,
+    FsdpConfig,
+    ModelConfig,
+    Precision,
+    PretrainConfig,
+    RunConfig,
+    SftConfig,
+    ZeroConfig,
+)
+from drivetrain.conf.source import Kind, kind_of
 from drivetrain.data.loader import Prefetcher, share_of
 from drivetrain.model.backend import backend_of
+from drivetrain.model.hf import fill_from_hf
 from drivetrain.model.initialize import initialize
+from drivetrain.model.lora import base_parameters, inject
 from drivetrain.model.memory import choose_micro_batch
-from drivetrain.model.transformer import Transformer, build_model, unique_parameters
+from drivetrain.model.transformer import Transformer, build_model
 from drivetrain.train import checkpoint
+from drivetrain.train.adapters import Base, base_state, find_base, locate, lora_of, merged_with, with_adapters
 from drivetrain.train.engine.base import Engine, Fill
 from drivetrain.train.lock import lock_run_dir
 from drivetrain.train.loop import Loop, Outcome, begin
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import peak_memory_bytes, write_summary
+from drivetrain.train.stages.base import Stage
 from drivetrain.train.stages.pretrain import PretrainStage
+from drivetrain.train.stages.sft import SftStage
 from drivetrain.train.stop import Stop
 from drivetrain.train.watch import Watch
 
@@ -82,7 +97,8 @@ def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run
     for note in notes:
         watch.note(note)
 
-    engine = build_engine(config, world, _fill(config, folder))
+    base = find_base(config, newest_weights, state, world)
+    engine = build_engine(config, world, _fill(config, folder, base))
     if folder is not None and state is not None:
         engine.load_optimizer(
             lambda tensors: checkpoint.load_tensors(folder, tensors), int(state["optimizer_steps"])
@@ -92,39 +108,50 @@ def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run
     micro_batch = _micro_batch(config, world)
     share = share_of(sequences, micro_batch, world.rank, world.size)
     stage = build_stage(config, run_dir, share, world, state["source"] if state else None)
+    for note in stage.notes:
+        watch.note(note)
     pin = world.device.type == "cuda"
     prefetcher = Prefetcher(
         stage.source, config.data.prefetch, (lambda batch: batch.pin()) if pin else (lambda batch: batch)
     )
     stage.source = prefetcher
     checkpointer = checkpoint.Checkpointer(run_dir / "checkpoints", config.checkpoint, world)
-    loop = Loop(config, world, engine, stage, checkpointer, watch, begin(state))
+    loop = Loop(config, world, engine, stage, checkpointer, watch, begin(state), base_state(base))
     return Run(config, run_dir, world, loop, prefetcher, start if folder is not None else None)
 
 
 def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
+    """An engine whose weights `fill` has filled."""
     model = build_model(config.model, backend_of(config.kernels, world.device))
+    # Frozen weights need no fp32 master copy: what bf16 casts at every use is kept cast. ZeRO-0 takes fp32 alone.
+    wide = isinstance(config.engine, ZeroConfig) and config.engine.zero_stage == 0
+    whole = wide or config.engine.precision is Precision.fp32
+    inject(model, config.lora, torch.float32 if whole else torch.bfloat16)
     match config.engine:
         case FsdpConfig():
             from drivetrain.train.engine.fsdp import FsdpEngine
 
-            return FsdpEngine(config.engine, config.optim, config.model, model, world, fill)
+            engine: Engine = FsdpEngine(config.engine, config.optim, config.model, model, world, fill)
         case ZeroConfig():
             from drivetrain.train.engine.zero import ZeroEngine
 
-            return ZeroEngine(config.engine, config.optim, config.model, model, world, fill)
+            engine = ZeroEngine(config.engine, config.optim, config.model, model, world, fill)
         case _:
             raise ConfigError(f"engine={config.engine.name} is not known; use fsdp or zero")
+    engine.dropout_seed = config.seed if config.lora.rank and config.lora.dropout else None
+    return engine
 
 
 def build_stage(
     config: RunConfig, run_dir: Path, share: Any, world: World, state: dict[str, Any] | None
-) -> PretrainStage:
+) -> Stage:
     match config.stage:
         case PretrainConfig():
             return PretrainStage(config, share, world, run_dir / "tokenizer", state)
+        case SftConfig():
+            return SftStage(config, share, world, run_dir / "tokenizer", state)
         case _:
-            raise ConfigError(f"stage={config.stage.name} is not known; use pretrain")
+            raise ConfigError(f"stage={config.stage.name} is not known; use pretrain or sft")
 
 
 def _seed(seed: int) -> None:
@@ -157,19 +184,43 @@ def resume_point(run_dir: Path, world: World) -> tuple[Path | None, list[str]]:
     return (folder / checkpoint.checkpoint_name(step) if step is not None else None), notes
 
 
-def _fill(config: RunConfig, folder: Path | None) -> Fill:
-    """Initial weights, those of `model.init_from`, or those of a checkpoint."""
-    source = folder
-    if source is None and config.model.init_from is not None:
-        source = weights_folder(Path(config.model.init_from))
-    if source is None:
-        return lambda model: initialize(model, config.model, config.seed)
+def _fill(config: RunConfig, folder: Path | None, base: Base | None = None) -> Fill:
+    """Initial weights, those of `model.init_from`, or those of a checkpoint; with a base, adapters on it."""
+    if base is not None:
+        return with_adapters(config, folder, fill_from(Path(base.path), config.model))
+    if folder is not None:
+        return fill_from(folder, config.model)
+    if config.model.init_from is not None:
+        return fill_from(Path(config.model.init_from), config.model)
+    return lambda model: initialize(model, config.model, config.seed)
+
+
+def fill_from(source: Path, cfg: ModelConfig) -> Fill:
+    """The weights of a run directory, a checkpoint folder or a Hugging Face directory; a LoRA run's are merged.
+
+    What it returns fills a materialised model in place; of a sharded parameter each rank reads its own rows only.
+
+    Raises:
+        ConfigError: a run without a whole checkpoint. CheckpointError, also when filling: the weights are damaged,
+            or not those of this model.
+    """
+    if kind_of(source) is Kind.hugging_face:
+        return lambda model: fill_from_hf(model, cfg, source)
+    folder = weights_folder(source)
+    if (adapted := lora_of(folder)) is not None:
+        lora, base = adapted
+        return merged_with(folder, lora, fill_from(locate(base, None, newest_weights), cfg))
 
     def read(model: Transformer) -> None:
-        tensors = {f"model.{name}": p.detach() for name, p in unique_parameters(model)}
-        checkpoint.load_tensors(source, tensors)
+        tensors = {f"model.{name}": p.detach() for name, p in base_parameters(model)}
+        checkpoint.load_tensors(folder, tensors)
 
     return read
+
+
+def newest_weights(source: Path) -> Path:
+    """A Hugging Face directory itself, or what `weights_folder` finds."""
+    return source if kind_of(source) is Kind.hugging_face else weights_folder(source)
 
 
 def weights_folder(source: Path) -> Path:

@@ -1,19 +1,20 @@
 """Held-out loss and bits per byte."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from drivetrain.data.batch import Batch, batch_from_windows
+from drivetrain.data.batch import Batch
 from drivetrain.data.permutation import Permutation
 from drivetrain.data.tokenizer import token_byte_lengths
-from drivetrain.data.windows import Windows
 from drivetrain.kernels.attention import Documents, make_documents
-from drivetrain.train.engine.base import Engine, Loss, LossSums
+from drivetrain.train.engine.base import Loss, LossSums
 from drivetrain.train.mesh import World
 
 
@@ -23,8 +24,26 @@ def documents_of(batch: Batch, sliding_window: int | None, backend: str) -> Docu
     )
 
 
+class Sequences(Protocol):
+    """Held-out sequences of `seq_len` tokens."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        """The sequences with these numbers, int64 below the length."""
+
+
+class Evaluates(Protocol):
+    """An engine, as far as evaluations need one."""
+
+    def evaluate(self, batches: list[Batch], loss: Loss) -> dict[str, float]:
+        """The loss's sums over all batches, divided by their loss weight."""
+
+
 class HeldOut:
-    """A fixed random sample of held-out windows from every source, dealt out over the ranks.
+    """A fixed random sample of held-out sequences from every source, dealt out over the ranks.
 
     Args:
         tokens: how many to read in all, shared evenly by the sources.
@@ -32,7 +51,7 @@ class HeldOut:
 
     def __init__(
         self,
-        sources: dict[str, Windows],
+        sources: Mapping[str, Sequences],
         tokens: int,
         micro_batch: int,
         seed: int,
@@ -43,7 +62,7 @@ class HeldOut:
         self.tokens, self.micro_batch, self.seed = tokens, micro_batch, seed
         self.byte_lengths_V = torch.from_numpy(token_byte_lengths(tokenizer_dir)).to(world.device)
 
-    def evaluate(self, engine: Engine, loss: Loss) -> dict[str, float]:
+    def evaluate(self, engine: Evaluates, loss: Loss) -> dict[str, float]:
         """`eval/loss` (nats a token) and `eval/bits_per_byte`, and with several sources each one's own.
 
         Bits per byte: summed nats / ln 2 / UTF-8 bytes of the predicted tokens. End-of-text tokens count in the
@@ -70,11 +89,11 @@ class HeldOut:
         }
 
     def _batches(self, name: str) -> list[Batch]:
-        """This rank's batches; ranks have as many, so some windows are repeated with weight 0."""
-        windows = self.sources[name]
-        wanted = max(1, self.tokens // len(self.sources) // windows.seq_len)
-        numbers = Permutation(len(windows), f"{self.seed}/{name}/held_out")(
-            np.arange(min(wanted, len(windows)), dtype=np.int64)
+        """This rank's batches; ranks have as many, so some sequences are repeated with weight 0."""
+        source = self.sources[name]
+        wanted = max(1, self.tokens // len(self.sources) // source.seq_len)
+        numbers = Permutation(len(source), f"{self.seed}/{name}/held_out")(
+            np.arange(min(wanted, len(source)), dtype=np.int64)
         )
         rounds = math.ceil(len(numbers) / (self.micro_batch * self.world.size))
         batches = []
@@ -82,8 +101,8 @@ class HeldOut:
             first = (round_ * self.world.size + self.world.rank) * self.micro_batch
             mine = numbers[first : first + self.micro_batch]
             padded = np.resize(mine if len(mine) else numbers[:1], self.micro_batch)
-            batch = batch_from_windows(windows.read(padded), windows.manifest.eos_id)
+            batch = source.batch(padded)
             weights_T = batch.loss_weights_T.clone()
-            weights_T[len(mine) * windows.seq_len :] = 0
+            weights_T[len(mine) * source.seq_len :] = 0
             batches.append(replace(batch, loss_weights_T=weights_T))
         return batches

@@ -43,6 +43,7 @@ class Loop:
     checkpointer: Checkpointer
     watch: Watch
     outcome: Outcome
+    base: dict[str, Any] = field(default_factory=dict)  # which frozen weights the adapters belong to
 
     def run(self) -> Outcome:
         """Train from where `outcome` stands to `stage.steps`, or until somebody asks to stop.
@@ -118,6 +119,7 @@ class Loop:
             "last": plain(self.outcome.last),
             "best": self.outcome.best,
             "skipped": self.outcome.skipped,
+            **self.base,
             **origin(self.config),
         }
         failed = self.checkpointer.save(step, self.engine.tensors(), state)

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from drivetrain.conf.errors import ConfigError
@@ -47,11 +48,11 @@ class World:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least.item())
 
-    def from_main(self, value: int) -> int:
-        """Rank 0's value, on every rank."""
-        shared = torch.tensor([value], dtype=torch.int64, device=self.device)
+    def from_main(self, values: Tensor) -> Tensor:
+        """Rank 0's values, on every rank; all ranks give one shape and dtype."""
+        shared = values.to(self.device, copy=True)
         dist.broadcast(shared, src=0)
-        return int(shared.item())
+        return shared
 
     def all_equal(self, text: str) -> bool:
         """True on every rank when all ranks hold the same text."""

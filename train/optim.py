@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,6 +32,11 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     return 1 - (1 - floor) * done
 
 
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`unique_parameters` without the frozen ones."""
+    return ((name, parameter) for name, parameter in unique_parameters(model) if parameter.requires_grad)
+
+
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Muon's domain: matrices inside the blocks; not embeddings, head, norms or biases."""
     return parameter.dim() == 2 and name.startswith("blocks.")
@@ -38,7 +44,7 @@ def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 def decay_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, object]]:
     """Parameter groups: matrices (embeddings too) decay, norms and biases do not."""
-    named = list(unique_parameters(model))
+    named = list(trainable_parameters(model))
     groups: list[dict[str, object]] = [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},

@@ -28,7 +28,7 @@ class Watch:
         self._files = MetricsFile(run_dir, start_step, self.alarm) if world.is_main else None
         self._tracker = build_tracker(config, run_dir, run_id, world.is_main)
         self._progress = Progress(config.stage.steps, start_step) if world.is_main else None
-        self._flops = train_flops_per_token(config.model, config.stage.seq_len)
+        self._flops = train_flops_per_token(config.model, config.stage.seq_len, config.lora)
         self._peak = _peak(world, config)
 
     @property

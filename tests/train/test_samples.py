@@ -2,6 +2,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -21,3 +23,15 @@ def test_ranks_that_disagree_go_on_with_rank_0s_token(
     completion = load_tokenizer(tmp_path / "tokenizer").decode([5] * 6)
     found = run_ranks(worker, 2, [case])["samples"]
     assert found == [["ab", completion], ["c", completion]]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero"])
+def test_ranks_with_requests_of_their_own_keep_step(
+    small: list[str], engine: str, run_ranks: Callable[..., dict[str, Any]]
+) -> None:
+    """The weights are sharded: every pass needs all ranks, and one has more and longer requests than the other."""
+    stage = ["engine.zero_stage=3"] if engine == "zero" else []
+    overrides = [*small, f"engine={engine}", *stage, "data.path=none", "model.vocab_size=300"]
+    case = {"name": "own", "overrides": overrides}
+    found = run_ranks(Path(__file__).with_name("samples_worker.py"), 2, [case])["own"]
+    assert found["tokens"] == 2 * 4 + 3 * 2 * 9
