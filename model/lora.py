@@ -155,7 +155,8 @@ def add_adapters(
 def merged_tensors(
     weights: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], cfg: ModelConfig, lora: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The base's whole tensors one by one, with the adapters' products added in fp32; dtypes stay as they are.
+    """The base's whole tensors one by one, with the adapters' products added: those are fp32, since a narrower base
+    would round small products away; the others keep their dtype.
 
     Args:
         adapters: whole, by name, as in `adapter_shapes`.
@@ -171,7 +172,7 @@ def merged_tensors(
         for spec in by_weight[name]:
             delta = _delta(spec, adapters, lora, slice(None)).to(merged.device)
             merged[spec.first : spec.first + spec.rows] += delta
-        yield name, merged.to(whole.dtype)
+        yield name, merged
 
 
 def _delta(spec: AdapterSpec, adapters: Mapping[str, Tensor], lora: LoraConfig, rows: slice) -> Tensor:

@@ -1,6 +1,6 @@
 """The kernels' benchmark on the CPU: its logic, not its times."""
 
-import importlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -19,12 +19,15 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """bench/kernels.py as a module; its folder leaves the path again, or transformers finds a package `kernels`."""
+    """bench/kernels.py under a name of its own: a `kernels` on the path may be another package."""
     before = list(sys.path)
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module("kernels")
+    spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
     sys.path[:] = before
-    for name in ("kernels", "kernels_peers", "kernels_attention", "common"):
+    for name in ("kernels_peers", "kernels_attention", "common"):
         sys.modules.pop(name, None)
 
 
