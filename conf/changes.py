@@ -71,7 +71,7 @@ def show(value: object) -> str:
 # Keys that a resume may change, and why it may not change the others.
 MAY_CHANGE = re.compile(
     r"kernels|objective|experiment|lora\.dropout|(engine|cluster|tracker|checkpoint|alarms)\..*|optim\.(?!name$).*"
-    r"|stage\.(steps|micro_batch|eval_.*|save_every|log_every|sample_.*)"
+    r"|stage\.(steps|micro_batch|eval_(?!problems|unseen).*|save_every|log_every|sample_.*)"
     r"|data\.(path|prefetch|mixture\..*)"
 )
 BATCH = "the batch of a step is a function of (seed, step) and would be another one"
@@ -86,6 +86,8 @@ WHY_NOT = {
     "stage.seq_len": BATCH,
     "stage.tokens_per_step": BATCH,
     "stage.too_long": BATCH,
+    "stage.eval_problems": "problems that are held out are never trained on, and would be others",
+    "stage.eval_unseen": BATCH,
 }
 
 

@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drivetrain.conf.schema import DataConfig, RunConfig, SftConfig
+from drivetrain.conf.schema import DataConfig, DpoConfig, GrpoConfig, RewardModelConfig, RunConfig, SftConfig
 from drivetrain.conf.source import tokenizer_of
 
 OWN_TOKENIZER = "leave tokenizer out to use the one the data was built with"
 ITEM_BYTES = {"uint16": 2, "int32": 4}
 IDX_HEADER_BYTES = 34  # data/shards.py describes both files
 BUILD_CHAT = "`drivetrain data build INPUT... --chat --tokenizer DIR --out DIR`"
+BUILD_PAIRS = "`drivetrain data build INPUT... --pairs --tokenizer DIR --out DIR`"
 BUILD = "`drivetrain data build INPUT... --tokenizer DIR --out DIR`"
 
 
 def data_problems(config: RunConfig) -> Iterator[str]:
     """One sentence for every problem."""
+    if isinstance(config.stage, GrpoConfig):
+        return  # conf/grpo.py
     data, vocab_size = config.data, config.model.vocab_size
     if data.path is None and not data.mixture:
         yield f"data.path is missing: build shards with {BUILD} and pass data.path=DIR"
@@ -80,25 +83,30 @@ def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any
 
 
 def _kind(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    """Conversations for fine-tuning, documents for pretraining, and enough of them."""
+    """Conversations for fine-tuning, pairs for preferences, documents for pretraining, and enough of them."""
     chat = any(shard.get("loss_tokens") is not None for shard in manifest["shards"])
-    if isinstance(config.stage, SftConfig):
-        if not chat:
-            yield f"{key} holds documents and stage=sft needs conversations; build them with {BUILD_CHAT}"
-        else:
-            yield from _conversations(key, manifest, config)
+    found = "preference pairs" if manifest.get("pairs") else "conversations" if chat else "documents"
+    match config.stage:
+        case SftConfig():
+            needed, build = "conversations", BUILD_CHAT
+        case DpoConfig() | RewardModelConfig():
+            needed, build = "preference pairs", BUILD_PAIRS
+        case _:
+            needed, build = "documents", BUILD
+    if found != needed:
+        yield f"{key} holds {found} and stage={config.stage.name} needs {needed}; build them with {build}"
     elif chat:
-        yield f"{key} holds conversations and stage={config.stage.name} needs documents; build them with {BUILD}"
+        yield from _conversations(key, manifest, config, needed.removesuffix("s"))
     else:
         yield from _windows(key, manifest, config)
 
 
-def _conversations(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
+def _conversations(key: str, manifest: dict[str, Any], config: RunConfig, one: str) -> Iterator[str]:
     if not _longest(manifest, "train"):
-        yield f"{key} has no conversation to train on; build it with a smaller --held-out"
+        yield f"{key} has no {one} to train on; build it with a smaller --held-out"
     if config.stage.eval_every and not _longest(manifest, "held_out"):
         yield (
-            f"{key} has no held-out conversation and stage.eval_every={config.stage.eval_every}; build it with a "
+            f"{key} has no held-out {one} and stage.eval_every={config.stage.eval_every}; build it with a "
             "larger --held-out, or use stage.eval_every=0"
         )
 

@@ -154,6 +154,8 @@ def _llama_like(values: _Values, kind: str, name: str) -> ModelConfig:
 def _rope(values: _Values, default_theta: float) -> dict[str, Any]:
     given = values.get("rope_parameters", dict, None) or values.get("rope_scaling", dict, None) or {}
     theta = given.get("rope_theta") or values.get("rope_theta", float, default_theta)
+    if not isinstance(theta, int | float):
+        raise values.refuse(f"says rope_theta={theta!r}, which is no float; copy it again")
     kind = given.get("rope_type", given.get("type", "default"))
     share = given.get("partial_rotary_factor", values.values.get("partial_rotary_factor"))
     if share not in (None, 1, 1.0):

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from drivetrain.conf.schema import RunConfig
+from drivetrain.conf.schema import GrpoConfig, RunConfig
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """`data.path`, the mixture's paths, `tokenizer` and both `init_from`, seen from the current directory."""
+    """`data.path`, the mixture's paths, `tokenizer`, both `init_from` and the reward model of `stage.rewards`, seen
+    from the current directory."""
     return _map(config, lambda _, path: _absolute(path))
 
 
@@ -45,8 +46,14 @@ def _map(config: RunConfig, change: Callable[[str, str], str]) -> RunConfig:
         name: replace(source, path=change(f"data.mixture.{name}.path", source.path))
         for name, source in config.data.mixture.items()
     }
+    stage = config.stage
+    if isinstance(stage, GrpoConfig):
+        run = changed("stage.rewards.reward_model.run", stage.rewards.reward_model.run)
+        judge = replace(stage.rewards.reward_model, run=run)
+        stage = replace(stage, rewards=replace(stage.rewards, reward_model=judge))
     return replace(
         config,
+        stage=stage,
         data=replace(config.data, path=changed("data.path", config.data.path), mixture=mixture),
         tokenizer=changed("tokenizer", config.tokenizer),
         model=replace(config.model, init_from=changed("model.init_from", config.model.init_from)),

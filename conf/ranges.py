@@ -19,6 +19,8 @@ class Range(NamedTuple):
         return above and (value < self.high if self.high_open else value <= self.high)
 
     def __str__(self) -> str:
+        if self.low == -math.inf and self.high == math.inf:
+            return "a finite number"
         above = f"above {self.low}" if self.low_open else f"at least {self.low}"
         if self.high == math.inf:
             return above
@@ -28,7 +30,7 @@ class Range(NamedTuple):
 
 
 COUNT, ZERO_OR_MORE, ABOVE_ZERO = Range(1), Range(0), Range(0, low_open=True)
-SHARE, DECAY = Range(0, 1), Range(0, 1, high_open=True)
+ANY, SHARE, DECAY = Range(-math.inf), Range(0, 1), Range(0, 1, high_open=True)
 
 # Every number of the schema; a test compares.
 RANGES = {
@@ -60,6 +62,51 @@ RANGES = {
     "stage.log_every": COUNT,
     "stage.sample_tokens": COUNT,
     "stage.z_loss": ZERO_OR_MORE,
+    "stage.prompts_per_step": COUNT,
+    "stage.group_size": COUNT,
+    "stage.max_completion": COUNT,
+    "stage.environment_weight": ANY,
+    "stage.rewards.gym.weight": ANY,
+    "stage.rewards.gym.seconds": ABOVE_ZERO,
+    "stage.rewards.exact.weight": ANY,
+    "stage.rewards.regex.weight": ANY,
+    "stage.rewards.format.weight": ANY,
+    "stage.rewards.math.weight": ANY,
+    "stage.rewards.math.seconds": ABOVE_ZERO,
+    "stage.rewards.overlong.weight": ANY,
+    "stage.rewards.overlong.buffer": ZERO_OR_MORE,
+    "stage.rewards.code.weight": ANY,
+    "stage.rewards.code.workers": ZERO_OR_MORE,
+    "stage.rewards.code.sandbox.seconds": ABOVE_ZERO,
+    "stage.rewards.code.sandbox.cpu_seconds": COUNT,
+    "stage.rewards.code.sandbox.memory": COUNT,
+    "stage.rewards.code.sandbox.disk": COUNT,
+    "stage.rewards.code.sandbox.output": COUNT,
+    "stage.rewards.code.sandbox.processes": COUNT,
+    "stage.rewards.rubric.weight": ANY,
+    "stage.rewards.rubric.seconds": ABOVE_ZERO,
+    "stage.rewards.rubric.tries": COUNT,
+    "stage.rewards.rubric.concurrent": COUNT,
+    "stage.rewards.rubric.per_minute": ZERO_OR_MORE,
+    "stage.rewards.rubric.max_tokens": COUNT,
+    "stage.rewards.reward_model.weight": ANY,
+    "stage.rewards.custom.weight": ANY,
+    "stage.rewards.checkers": COUNT,
+    "stage.updates": COUNT,
+    "stage.temperature": ABOVE_ZERO,
+    "stage.top_p": Range(0, 1, low_open=True),
+    "stage.top_k": ZERO_OR_MORE,
+    "stage.clip_low": Range(0, 1, low_open=True),
+    "stage.clip_high": ABOVE_ZERO,
+    "stage.max_tries": COUNT,
+    "stage.kl_coef": ZERO_OR_MORE,
+    "stage.entropy_coef": ANY,
+    "stage.importance_cap": Range(1),
+    "stage.eval_problems": COUNT,
+    "stage.eval_samples": ZERO_OR_MORE,
+    "stage.beta": ABOVE_ZERO,
+    "stage.margin": ZERO_OR_MORE,
+    "stage.label_smoothing": Range(0, 0.5, high_open=True),
     "lora.rank": ZERO_OR_MORE,
     "lora.alpha": ABOVE_ZERO,
     "lora.dropout": DECAY,

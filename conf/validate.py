@@ -13,18 +13,23 @@ from drivetrain.conf.changes import has_checkpoint, show
 from drivetrain.conf.check_data import data_problems
 from drivetrain.conf.compose import flatten
 from drivetrain.conf.errors import ConfigError, DrivetrainError
+from drivetrain.conf.grpo import grpo_problems
 from drivetrain.conf.hf_config import differences
 from drivetrain.conf.hf_tensors import tensors_of
 from drivetrain.conf.lora import lora_problems
+from drivetrain.conf.preference import preference_problems
 from drivetrain.conf.ranges import ABOVE_ZERO, RANGES
 from drivetrain.conf.schema import (
     SCHEMAS,
     Device,
+    DpoConfig,
+    GrpoConfig,
     Kernels,
     ModelConfig,
     MuonConfig,
     Positions,
     Precision,
+    RewardModelConfig,
     RunConfig,
     ZeroConfig,
 )
@@ -32,7 +37,10 @@ from drivetrain.conf.source import Kind, describes, kind_of, model_of
 
 # What a step of every stage logs.
 METRICS = ("loss", "grad_norm", "step_seconds", "tokens_per_second", "mfu")
-EVALS = ("loss", "bits_per_byte")  # what an evaluation adds, as eval/NAME and for each of several sources
+# What an evaluation adds, as eval/NAME and for each of several sources.
+EVALS = ("loss", "bits_per_byte")
+ANSWER_EVALS = ("error", "completion_tokens_mean")
+PAIR_EVALS = ("loss", "accuracy", "margin")
 
 
 def validate(config: RunConfig, data: bool = True) -> None:
@@ -47,7 +55,8 @@ def validate(config: RunConfig, data: bool = True) -> None:
     problems = [*_ranges(config), *_names(config)]
     if not problems:  # what follows divides by these numbers
         problems += [*_model(config.model), *_batch(config), *_engine(config), *_cluster(config)]
-        problems += [*_kernels(config), *lora_problems(config)]
+        problems += [*_kernels(config), *lora_problems(config), *preference_problems(config)]
+        problems += grpo_problems(config)
     if data:
         problems += data_problems(config)
     if problems:
@@ -86,8 +95,11 @@ def metrics_of(config: RunConfig) -> list[str]:
     """What a run can be judged by; `eval/loss`, the default, stands for `loss` where nothing is evaluated."""
     if not config.stage.eval_every:
         return [*METRICS, "eval/loss"]
+    if isinstance(config.stage, GrpoConfig):
+        return [*METRICS, "eval/loss", *(f"eval/{name}" for name in ANSWER_EVALS)]
     sources = [f"{name}/" for name in sorted(config.data.mixture)] if len(config.data.mixture) > 1 else []
-    return [*METRICS, *(f"eval/{source}{name}" for source in ["", *sources] for name in EVALS)]
+    evals = PAIR_EVALS if isinstance(config.stage, (DpoConfig, RewardModelConfig)) else EVALS
+    return [*METRICS, *(f"eval/{source}{name}" for source in ["", *sources] for name in evals)]
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
@@ -151,6 +163,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"stage.seq_len={stage.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}; "
             "shorten it, or choose a model with a longer context"
         )
+    if isinstance(stage, GrpoConfig):
+        return  # its rows are packed anew at every step, and shared out as they are
     world = cluster.nodes * cluster.nproc
     passes = 1 if stage.micro_batch == "auto" else stage.micro_batch
     tokens = f"stage.tokens_per_step={stage.tokens_per_step}"

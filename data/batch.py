@@ -20,6 +20,11 @@ class Batch:
         cu_seqlens: int32 [documents + 1], cumulative document lengths.
         max_seqlen: the longest document; row_len: divides T, and no document crosses a multiple of it.
         digest: sum modulo 2^64 of a hash of each window, so that it does not depend on order or ranks.
+
+    Reinforcement learning alone, fp32 at the places that predict a completion's tokens and 0 elsewhere:
+        token_weights_T: of the objective, times the trained tokens of the whole step. advantages_T.
+        behaviour_logprobs_T: of the distribution that was sampled from. old_logprobs_T: of the weights that
+        sampled, computed as in training. reference_logprobs_T: of the reference model.
     """
 
     tokens_T: Tensor
@@ -30,6 +35,11 @@ class Batch:
     max_seqlen: int
     row_len: int
     digest: int = 0
+    token_weights_T: Tensor | None = None
+    advantages_T: Tensor | None = None
+    behaviour_logprobs_T: Tensor | None = None
+    old_logprobs_T: Tensor | None = None
+    reference_logprobs_T: Tensor | None = None
 
     @property
     def tokens(self) -> int:

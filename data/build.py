@@ -22,6 +22,7 @@ from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.data import tokenizer as tokenizers_of
 from drivetrain.data.conversations import ConversationReader
 from drivetrain.data.encode import Encoded, Task, batched, encode_all
+from drivetrain.data.pairs import PairReader
 from drivetrain.data.readers import Reader, Records
 from drivetrain.data.shards import (
     HELD_OUT,
@@ -52,6 +53,7 @@ def build(
     strict: bool = False,
     progress: bool = True,
     chat: bool = False,
+    pairs: bool = False,
 ) -> Manifest:
     """Tokenise documents into `out`: shards of at most `shard_tokens` tokens, a manifest, the tokenizer.
 
@@ -60,7 +62,8 @@ def build(
     equal texts are always on the same side. The bytes are the same for any number of workers (0: one a core).
 
     With `chat` a document is a conversation, rendered with the tokenizer's chat template, ended as that ends it,
-    and with a weight for each token; it is held out by what comes before its first answer.
+    and with a weight for each token; it is held out by what comes before its first answer. With `pairs` a document
+    is two of them, the chosen and the rejected one, which lie next to each other in one shard.
 
     Raises:
         ConfigError: an input, the tokenizer, a number or `out` cannot be used as given.
@@ -72,8 +75,12 @@ def build(
         raise ConfigError(f"workers={workers} and shard_tokens={shard_tokens} must be 0 and 1 at least")
     out = out.absolute()
     reader: Records[Any]
-    if chat:
-        reader = ConversationReader(inputs, strict)
+    if chat and pairs:
+        raise ConfigError(
+            "--chat and --pairs are both given; the two of a pair are conversations, so use --pairs"
+        )
+    if chat or pairs:
+        reader = PairReader(inputs, strict) if pairs else ConversationReader(inputs, strict)
         tokenizers_of.require_chat_template(tokenizer)
     else:
         reader = Reader(inputs, text_key=text_key, strict=strict)
@@ -87,8 +94,9 @@ def build(
         source=[str(path) for path in inputs],
         licence=licence,
         held_out=held_out,
+        pairs=pairs,
     )
-    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out, chat)
+    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out, chat, pairs)
     with _unfinished(out, overwrite) as directory:
         batches = encode_all(batched(reader), task, workers or _cores())
         with contextlib.closing(batches), _Bar(reader, enabled=progress) as bar:
@@ -98,7 +106,7 @@ def build(
             raise DataError(
                 f"nothing to build: every document of {len(reader.files)} files was left out, {reader.empty} "
                 f"empty and {reader.broken} broken{first}; check the inputs"
-                + ("" if chat else " and --text-key")
+                + ("" if chat or pairs else " and --text-key")
             )
         manifest.skipped = {"empty": reader.empty, "broken": reader.broken}
         manifest.tokenizer_files = tokenizers_of.copy_tokenizer(tokenizer, directory / "tokenizer")
@@ -144,7 +152,10 @@ def _write(
 ) -> None:
     """Distribute documents over the splits' shards, and record these in the manifest."""
     with contextlib.ExitStack() as stack:
-        splits = [_Split(name, manifest.dtype, directory, shard_tokens) for name in (TRAIN, HELD_OUT)]
+        together = 2 if manifest.pairs else 1
+        splits = [
+            _Split(name, manifest.dtype, directory, shard_tokens, together) for name in (TRAIN, HELD_OUT)
+        ]
         for split in splits:
             stack.callback(split.abort)
         for batch in batches:
@@ -165,19 +176,22 @@ def _write(
 
 
 class _Split:
-    """The shards of one split, of which the last is open."""
+    """The shards of one split, of which the last is open; each has a multiple of `together` documents."""
 
-    def __init__(self, name: str, dtype: str, directory: Path, shard_tokens: int) -> None:
+    def __init__(self, name: str, dtype: str, directory: Path, shard_tokens: int, together: int = 1) -> None:
         self.name = name
         self.shards: list[ShardInfo] = []
         self.text_bytes = 0
         self._dtype = dtype
         self._directory = directory
         self._shard_tokens = shard_tokens
+        self._together = together
         self._writer: ShardWriter | None = None
 
     def add(self, tokens_T: np.ndarray, weights_T: np.ndarray | None) -> None:
-        if self._writer and self._writer.info.tokens + tokens_T.size > self._shard_tokens:
+        info = self._writer.info if self._writer else None
+        whole = info is not None and info.documents % self._together == 0
+        if info is not None and whole and info.tokens + tokens_T.size > self._shard_tokens:
             self.close()
         if not self._writer:
             name = f"{self.name}_{len(self.shards):05d}"

@@ -77,8 +77,8 @@ def conversation_of(record: Any, where: str = "") -> Conversation:
             given = _list(record[shape], shape)
             in_prompt = 0
         case "prompt":
-            prompt = _turns(record["prompt"], "user", "prompt")
-            given = [*prompt, *_turns(record.get("completion"), "assistant", "completion")]
+            prompt = turns(record["prompt"], "user", "prompt")
+            given = [*prompt, *turns(record.get("completion"), "assistant", "completion")]
             in_prompt = len(prompt)
         case "instruction":
             given, in_prompt = _alpaca(record), 0
@@ -105,7 +105,10 @@ def _alpaca(record: Mapping[str, Any]) -> list[Message]:
     given: list[Message] = []
     if record.get("system"):
         given.append({"role": "system", "content": record["system"]})
-    for number, pair in enumerate(record.get("history") or [], 1):
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise Unusable("history is not a list of pairs")
+    for number, pair in enumerate(history, 1):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise Unusable(f"history {number} is no pair of a question and an answer")
         given += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -115,7 +118,7 @@ def _alpaca(record: Mapping[str, Any]) -> list[Message]:
     return given
 
 
-def _turns(value: Any, role: str, key: str) -> list[Message]:
+def turns(value: Any, role: str, key: str) -> list[Message]:
     """A prompt or a completion: a text is one message."""
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return [{"role": role, "content": value}]

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from drivetrain.conf.errors import DrivetrainError
 from drivetrain.data.chat import Chat
 from drivetrain.data.conversations import Conversation
+from drivetrain.data.pairs import Pair
 from drivetrain.data.readers import Unusable
 from drivetrain.data.shards import DTYPES
 from drivetrain.data.tokenizer import load_text_tokenizer
@@ -31,6 +32,7 @@ BATCH_BYTES = 1 << 19  # of text that one task tokenises
 BATCH_DOCUMENTS = 2048
 
 S = TypeVar("S", bound=Sized)
+Rendered = tuple[str, np.ndarray, np.ndarray]  # a conversation's text, tokens and weights
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Task:
     eos_id: int
     held_out: float
     chat: bool = False
+    pairs: bool = False
 
     def is_held_out(self, raw: bytes) -> bool:
         return xxhash.xxh3_64_intdigest(raw) < int(self.held_out * 2**64)
@@ -97,7 +100,7 @@ def encode_chat(conversations: Sequence[Conversation], chat: Chat, task: Task) -
     A conversation is held out by the hash of what comes before the first answer, so that all answers to a question
     are on the same side.
     """
-    parts: list[tuple[str, np.ndarray, np.ndarray]] = []
+    parts: list[Rendered] = []
     held_out: list[bool] = []
     problems: list[tuple[str, str]] = []
     for conversation in conversations:
@@ -106,8 +109,37 @@ def encode_chat(conversations: Sequence[Conversation], chat: Chat, task: Task) -
         except Unusable as error:
             problems.append((conversation.where, str(error)))
             continue
-        asked = itertools.takewhile(lambda message: message["role"] != "assistant", conversation.messages)
-        held_out.append(task.is_held_out("\0".join(message["content"] for message in asked).encode()))
+        held_out.append(_is_held_out(conversation, task))
+    return _joined(parts, held_out, problems, task)
+
+
+def encode_pairs(pairs: Sequence[Pair], chat: Chat, task: Task) -> Encoded:
+    """Render and tokenise both conversations of each pair, the chosen one first; a pair of which one cannot be used
+    is left out. Both are held out by what comes before the chosen one's first answer."""
+    parts: list[Rendered] = []
+    held_out: list[bool] = []
+    problems: list[tuple[str, str]] = []
+    for pair in pairs:
+        try:
+            both = [chat.encode(conversation) for conversation in (pair.chosen, pair.rejected)]
+            if np.array_equal(both[0][1], both[1][1]):
+                raise Unusable("chosen and rejected are the same to the chat template")
+        except Unusable as error:
+            problems.append((pair.where, str(error)))
+            continue
+        parts += both
+        held_out += [_is_held_out(pair.chosen, task)] * 2
+    return _joined(parts, held_out, problems, task)
+
+
+def _is_held_out(conversation: Conversation, task: Task) -> bool:
+    asked = itertools.takewhile(lambda message: message["role"] != "assistant", conversation.messages)
+    return task.is_held_out("\0".join(message["content"] for message in asked).encode())
+
+
+def _joined(
+    parts: list[Rendered], held_out: list[bool], problems: list[tuple[str, str]], task: Task
+) -> Encoded:
     none = np.zeros(0, dtype=np.uint8)
     return Encoded(
         tokens=np.concatenate([none, *(tokens for _, tokens, _ in parts)]).astype(DTYPES[task.dtype]),
@@ -120,7 +152,10 @@ def encode_chat(conversations: Sequence[Conversation], chat: Chat, task: Task) -
 
 
 def encoder_of(task: Task) -> Callable[[Any], Encoded]:
-    """What turns a batch of texts, or of conversations, into tokens."""
+    """What turns a batch of texts, of conversations, or of pairs of them, into tokens."""
+    if task.pairs:
+        both = Chat(task.tokenizer)
+        return lambda pairs: encode_pairs(pairs, both, task)
     if task.chat:
         chat = Chat(task.tokenizer)
         return lambda conversations: encode_chat(conversations, chat, task)

@@ -56,12 +56,14 @@ class Conversations:
     """One split of a directory of conversations; shards are memory-mapped when first read.
 
     Args:
-        directory: what `drivetrain data build --chat` made.
+        directory: what `drivetrain data build --chat` made; `data.preference.Pairs` reads what `--pairs` made.
         sharing: how many of these, this one among them, share out the maps that may be open.
 
     Raises:
         DataError: no manifest, documents without weights, or no such split.
     """
+
+    paired = False
 
     def __init__(self, directory: Path, split: str, sharing: int = 1) -> None:
         self.directory, self.split = directory, split
@@ -71,6 +73,11 @@ class Conversations:
             raise DataError(
                 f"{directory} holds documents and no conversations; build it with `drivetrain data build --chat`"
             )
+        if self.manifest.pairs != self.paired:
+            holds, option = (
+                ("preference pairs", "--chat") if self.manifest.pairs else ("conversations", "--pairs")
+            )
+            raise DataError(f"{directory} holds {holds}; build it with `drivetrain data build {option}`")
         if not self.shards:
             raise DataError(
                 f"{directory} has no {split} conversations; build it from more, or with --held-out"

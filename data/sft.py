@@ -93,12 +93,12 @@ class SftSource:
         seed: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        sources = open_conversations(cfg, "train")
+        self._share, self._seq_len = share, seq_len
+        sources = self._open(cfg)
         eos = {source.manifest.eos_id for source in sources.values()}
         if len(eos) > 1:
             raise DataError(f"the sources of data.mixture end documents with different tokens: {sorted(eos)}")
         self.eos_id = eos.pop()
-        self._share, self._seq_len = share, seq_len
         self._sample, self._mixture = mixture_of(cfg, seed, state)
         self._tokens = int(state["tokens"]) if state else 0
         places = {name: Place(**place) for name, place in state["streams"].items()} if state else {}
@@ -106,6 +106,9 @@ class SftSource:
             name: Rows(source, seq_len, too_long, seed, name, places.get(name))
             for name, source in sources.items()
         }
+
+    def _open(self, cfg: DataConfig) -> dict[str, Conversations]:
+        return open_conversations(cfg, "train")
 
     def next_step(self) -> list[Batch]:
         share = self._share

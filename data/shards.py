@@ -13,6 +13,7 @@ Megatron's index (megatron/core/datasets/indexed_dataset.py), little-endian and 
     int64     document_indices[n + 1], here 0, 1, ..., n
 
 Conversations have a third file, `NAME.weights`: one byte a token, 1 where it is learned, 0 where it is only read.
+Preference pairs are conversations of which each even one is the chosen and the next the rejected one of a pair.
 """
 
 import contextlib
@@ -108,6 +109,7 @@ class Manifest:
     held_out: float = 0.0  # the share of documents that was asked for
     text_bytes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    pairs: bool = False  # conversations come in pairs, the chosen one first
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -159,6 +161,10 @@ class Manifest:
             if not all(isinstance(count, int) and count > 0 for count in (shard.tokens, shard.documents)):
                 raise ValueError(
                     f"shard {shard.name} counts {shard.tokens!r} tokens in {shard.documents!r} documents"
+                )
+            if self.pairs and (shard.documents % 2 or shard.loss_tokens is None):
+                raise ValueError(
+                    f"shard {shard.name} has {shard.documents} conversations, which are no pairs"
                 )
             if set(shard.files) != set(shard.sizes(self.dtype)):
                 raise ValueError(f"shard {shard.name} lists the files {sorted(shard.files)}")

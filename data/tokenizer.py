@@ -184,8 +184,9 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
 
 def require_chat_template(directory: Path) -> None:
-    """Raise ConfigError where there is none."""
+    """Raise ConfigError where there is none, or no tokenizer at all."""
     if not chat_templates(directory):
+        _file(directory)
         raise ConfigError(
             f"the tokenizer in {directory} has no chat template; add {CHAT_TEMPLATE} to it, or use the tokenizer "
             "of a chat model"
@@ -259,9 +260,13 @@ def _control_tokens(definition: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """xxh3_128 of what the tokenizer does, 32 hex digits: formatting, truncation and padding don't count."""
+    """xxh3_128 of what the tokenizer makes of a text, 32 hex digits.
+
+    Formatting, truncation and padding don't count, nor does the post-processor: shards are built without it, and
+    transformers writes an idle one when it saves a tokenizer that has none.
+    """
     definition = _definition(directory)
-    definition.update(truncation=None, padding=None)
+    definition.update(truncation=None, padding=None, post_processor=None)
     canonical = json.dumps(definition, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))
 

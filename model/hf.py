@@ -18,6 +18,7 @@ from drivetrain.conf.hf_tensors import DTYPES, Part, tensors_of
 from drivetrain.conf.schema import ModelConfig
 from drivetrain.model.initialize import local_rows
 from drivetrain.model.transformer import Transformer, unique_parameters
+from drivetrain.model.value_head import has_value_head
 
 
 class HfWeights:
@@ -101,15 +102,16 @@ class HfWeights:
 
 @torch.no_grad()
 def fill_from_hf(model: Transformer, cfg: ModelConfig, directory: Path) -> None:
-    """Fill a materialised model in place: of a sharded parameter, this rank reads its own rows only. Adapters stay
-    as they are.
+    """Fill a materialised model in place: of a sharded parameter, this rank reads its own rows only. Adapters and a
+    value head stay as they are.
 
     Raises:
         CheckpointError: the directory's tensors are not those of this model.
     """
     with HfWeights(directory, cfg) as weights:
         parameters = dict(unique_parameters(model))
-        for name in weights.parts:
+        names = [name for name in weights.parts if name != "head.weight" or not has_value_head(model)]
+        for name in names:
             local, row = local_rows(parameters[name].detach())
             filled = 0
             for piece in weights.rows(name, row, row + len(local)):

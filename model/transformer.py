@@ -233,12 +233,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, backend, layer) for layer in range(cfg.layers))
         self.norm = _norm(cfg, backend)
         tied = cfg.tie_embeddings
-        self.head = Head(self.embed.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim)))
+        weight_VD = self.embed.weight if tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim))
+        self.head: nn.Module = Head(weight_VD)  # or what model/value_head.py puts in its place
 
     def materialize(self, device: torch.device) -> None:
         """Allocate the weights, uninitialised, on `device`; a tied head stays tied."""
         self.to_empty(device=device)
-        if self.cfg.tie_embeddings and self.head.weight is not self.embed.weight:
+        tied = self.cfg.tie_embeddings and isinstance(self.head, Head)
+        if tied and self.head.weight is not self.embed.weight:
             self.head = Head(self.embed.weight)
 
     def forward(
@@ -267,7 +269,8 @@ class Transformer(nn.Module):
             documents = documents.with_bias(x_TD.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, cos_Th, sin_Th, documents)
-        return self.head(self.norm(x_TD), read)
+        found: R = self.head(self.norm(x_TD), read)
+        return found
 
 
 def is_rotary(cfg: ModelConfig, layer: int) -> bool:

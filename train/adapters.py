@@ -20,6 +20,7 @@ from drivetrain.model.initialize import local_rows
 from drivetrain.model.lora import adapter_parameters, adapter_shapes, add_adapters, initialize_adapters
 from drivetrain.model.peft_format import read_peft
 from drivetrain.model.transformer import Transformer
+from drivetrain.model.value_head import has_value_head, initialize_value_head, value_head_parameters
 from drivetrain.train import checkpoint
 from drivetrain.train.engine.base import Fill
 from drivetrain.train.mesh import World
@@ -111,13 +112,15 @@ def base_state(base: Base | None) -> dict[str, Any]:
 
 def with_adapters(config: RunConfig, folder: Path | None, fill_base: Fill) -> Fill:
     """A fill for a model with adapters: the base's weights, and adapters from a checkpoint, from `lora.init_from`,
-    or new ones."""
+    or new ones; a value head, where the model has one, likewise."""
 
     def fill(model: Transformer) -> None:
+        if has_value_head(model):
+            initialize_value_head(model, config.seed)
         fill_base(model)
         if folder is not None:
-            found = {f"model.{name}": parameter.detach() for name, parameter in adapter_parameters(model)}
-            checkpoint.load_tensors(folder, found)
+            own = [*adapter_parameters(model), *value_head_parameters(model)]
+            checkpoint.load_tensors(folder, {f"model.{name}": parameter.detach() for name, parameter in own})
             return
         initialize_adapters(model, config.seed)
         if config.lora.init_from is not None:
@@ -126,12 +129,19 @@ def with_adapters(config: RunConfig, folder: Path | None, fill_base: Fill) -> Fi
     return fill
 
 
-def merged_with(folder: Path, lora: LoraConfig, fill_base: Fill) -> Fill:
-    """A fill for a model without adapters of its own: the base's weights with a checkpoint's adapters added."""
+def merged_with(folder: Path, lora: LoraConfig, scores: bool, fill_base: Fill) -> Fill:
+    """A fill for a model without adapters of its own: the base's weights with a checkpoint's adapters added.
+
+    Args:
+        scores: whether the checkpoint has a value head, which is taken too.
+    """
 
     def fill(model: Transformer) -> None:
         fill_base(model)
         add_adapters(model, read_adapters(folder, model.cfg, lora), model.cfg, lora)
+        if scores:
+            own = value_head_parameters(model)
+            checkpoint.load_tensors(folder, {f"model.{name}": parameter.detach() for name, parameter in own})
 
     return fill
 

@@ -111,6 +111,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def is_reward_model(folder: Path) -> bool:
+    """Whether a checkpoint has a value head in place of the vocabulary's."""
+    stage = read_state(folder).get("config", {}).get("stage", {})
+    return bool(stage.get("name") == "reward_model")
+
+
+def no_logits(folder: Path) -> CheckpointError:
+    """What to say where text is wanted of a reward model."""
+    return CheckpointError(
+        f"{folder} is a reward model's, whose head gives a score in place of logits; name the model that it was "
+        "made from"
+    )
+
+
 def load_tensors(folder: Path, tensors: dict[str, Tensor], process_group: Any = None) -> None:
     """Fill `tensors` (plain or sharded) by name, in place. Collective, unless there is no process group.
 

@@ -75,7 +75,10 @@ class HeldOut:
             return minimise, {**stats, "bytes": (lengths_T * batch.loss_weights_T).sum()}
 
         found: dict[str, float] = {}
-        parts = {name: engine.evaluate(self._batches(name), with_bytes) for name in self.sources}
+        parts = {
+            name: engine.evaluate(self._batches(name, source), with_bytes)
+            for name, source in self.sources.items()
+        }
         for name, part in parts.items():
             if len(parts) > 1:
                 found[f"eval/{name}/loss"] = part["loss"]
@@ -88,21 +91,22 @@ class HeldOut:
             **found,
         }
 
-    def _batches(self, name: str) -> list[Batch]:
-        """This rank's batches; ranks have as many, so some sequences are repeated with weight 0."""
-        source = self.sources[name]
+    def _batches(self, name: str, source: Sequences) -> list[Batch]:
         wanted = max(1, self.tokens // len(self.sources) // source.seq_len)
-        numbers = Permutation(len(source), f"{self.seed}/{name}/held_out")(
-            np.arange(min(wanted, len(source)), dtype=np.int64)
-        )
-        rounds = math.ceil(len(numbers) / (self.micro_batch * self.world.size))
-        batches = []
-        for round_ in range(rounds):
-            first = (round_ * self.world.size + self.world.rank) * self.micro_batch
-            mine = numbers[first : first + self.micro_batch]
-            padded = np.resize(mine if len(mine) else numbers[:1], self.micro_batch)
-            batch = source.batch(padded)
-            weights_T = batch.loss_weights_T.clone()
-            weights_T[len(mine) * source.seq_len :] = 0
-            batches.append(replace(batch, loss_weights_T=weights_T))
-        return batches
+        return dealt_batches(source, wanted, self.micro_batch, f"{self.seed}/{name}", self.world)
+
+
+def dealt_batches(source: Sequences, wanted: int, micro_batch: int, key: str, world: World) -> list[Batch]:
+    """This rank's batches of `wanted` random sequences; ranks have as many, so some are repeated with weight 0."""
+    numbers = Permutation(len(source), f"{key}/held_out")(np.arange(min(wanted, len(source)), dtype=np.int64))
+    rounds = math.ceil(len(numbers) / (micro_batch * world.size))
+    batches = []
+    for round_ in range(rounds):
+        first = (round_ * world.size + world.rank) * micro_batch
+        mine = numbers[first : first + micro_batch]
+        padded = np.resize(mine if len(mine) else numbers[:1], micro_batch)
+        batch = source.batch(padded)
+        weights_T = batch.loss_weights_T.clone()
+        weights_T[len(mine) * source.seq_len :] = 0
+        batches.append(replace(batch, loss_weights_T=weights_T))
+    return batches

@@ -15,7 +15,7 @@ from drivetrain.model.hf import HfWeights
 from drivetrain.model.lora import merged_tensors
 from drivetrain.train.adapters import locate, lora_of, read_adapters
 from drivetrain.train.build import newest_weights, weights_folder
-from drivetrain.train.checkpoint import load_tensors
+from drivetrain.train.checkpoint import is_reward_model, load_tensors, no_logits
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 
@@ -38,7 +38,7 @@ def whole_weights(source: Path, cfg: ModelConfig) -> WholeWeights:
 
     Raises:
         ConfigError: a run without a whole checkpoint. CheckpointError, also when reading: the weights are damaged,
-            or not those of this model.
+            not those of this model, or a reward model's.
     """
     if kind_of(source) is Kind.hugging_face:
         weights = HfWeights(source, cfg)
@@ -47,6 +47,8 @@ def whole_weights(source: Path, cfg: ModelConfig) -> WholeWeights:
             lambda names: {name: weights.whole(name) for name in names},
         )
     folder = weights_folder(source)
+    if is_reward_model(folder):
+        raise no_logits(folder)
     if (adapted := lora_of(folder)) is not None:
         lora, base = adapted
         below = whole_weights(locate(base, None, newest_weights), cfg)

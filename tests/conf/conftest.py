@@ -56,3 +56,14 @@ def shards(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture
+def saved_run(tmp_path: Path) -> Path:
+    """A run directory with a checkpoint and a tokenizer, as far as validation looks."""
+    run = tmp_path / "saved_run"
+    (run / "checkpoints" / "step_00000100").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000100" / "complete.json").touch()
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").touch()
+    return run

@@ -80,6 +80,22 @@ def test_fine_tuning_needs_conversations_and_pretraining_documents(shards: Make)
     )
 
 
+def test_preferences_need_pairs(shards: Make) -> None:
+    chats, pairs = shards("chats", chat=True), shards("pairs", chat=True, pairs=True)
+    build = BUILD.replace("INPUT...", "INPUT... --pairs")
+    for stage in ("dpo", "reward_model"):
+        wanted = f"holds conversations and stage={stage} needs preference pairs; build them with {build}"
+        assert f"data.path={chats} {wanted}" in problem(compose([f"data.path={chats}", f"stage={stage}"]))
+        assert "holds" not in problem(compose([f"data.path={pairs}", f"stage={stage}"]))
+    build = BUILD.replace("INPUT...", "INPUT... --chat")
+    assert problem(compose([f"data.path={pairs}", "stage=sft"])) == (
+        f"data.path={pairs} holds preference pairs and stage=sft needs conversations; build them with {build}"
+    )
+    silent = shards("silent", chat=True, pairs=True, held_out=0)
+    wanted = f"data.path={silent} has no held-out preference pair and"
+    assert wanted in problem(compose([f"data.path={silent}", "stage=dpo"]))
+
+
 def test_fine_tuning_needs_a_conversation_in_every_split_it_reads(shards: Make) -> None:
     # Rows are made of conversations: none of them need be as long as a row.
     short, silent = shards("short", chat=True, train=30, held_out=20), shards("silent", chat=True, held_out=0)

@@ -13,6 +13,9 @@ CASES = {
     **{f"experiment_{name}": [f"experiment={name}"] for name in options("experiment")},
     "engine_zero": ["engine=zero"],
     "stage_sft": ["stage=sft"],
+    "stage_grpo": ["stage=grpo"],
+    "stage_dpo": ["stage=dpo"],
+    "stage_reward_model": ["stage=reward_model"],
     "optim_muon": ["optim=muon"],
     "tracker_wandb": ["tracker=wandb"],
 }

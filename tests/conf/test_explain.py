@@ -1,20 +1,22 @@
 """Every wrong input and the exact sentence that it gets."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from drivetrain.conf.compose import compose, options
 from drivetrain.conf.errors import ConfigError
-from drivetrain.conf.schema import Kernels
+from drivetrain.conf.schema import SCHEMAS, Kernels
 
 TOP = (
     "run_dir, seed, kernels, tokenizer, objective, model, stage, lora, engine, data, optim, cluster, tracker, "
     "checkpoint, alarms, experiment"
 )
-STAGE = (
-    "steps, seq_len, tokens_per_step, micro_batch, eval_every, eval_tokens, save_every, log_every, "
-    "sample_prompts, sample_tokens, z_loss, too_long"
+STAGE = ", ".join(
+    dict.fromkeys(
+        field.name for stage in SCHEMAS["stage"].values() for field in fields(stage) if field.name != "name"
+    )
 )
 MIXTURE = "write data.mixture={NAME: {path: DIR, weight: 1.0}}"
 NO_SCALING = (

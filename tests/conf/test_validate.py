@@ -39,10 +39,16 @@ def test_every_model_and_experiment_is_valid(shards: Make) -> None:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 @pytest.mark.parametrize("engine", options("engine"))
-def test_every_experiment_runs_on_every_engine(experiment: str, engine: str, shards: Make) -> None:
+def test_every_experiment_runs_on_every_engine(
+    experiment: str, engine: str, shards: Make, saved_run: Path
+) -> None:
     words = [f"experiment={experiment}", f"engine={engine}"]
-    data = shards(train=10**6, held_out=10**5, chat=compose(words).stage.name == "sft")
-    config = compose([f"data.path={data}", *words])
+    stage = compose(words).stage.name
+    if stage == "grpo":
+        words.append(f"model.init_from={saved_run}")
+    else:
+        words.append(f"data.path={shards(train=10**6, held_out=10**5, chat=stage == 'sft')}")
+    config = compose(words)
     validate(config)
     assert config.engine.name == engine
 

@@ -289,6 +289,8 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer: Path, tmp_path: Pa
     (tmp_path / "copy" / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"has no chat template; add chat_template\.jinja"):
         Chat(tmp_path / "copy")
+    with pytest.raises(ConfigError, match="does not exist"):
+        Chat(tmp_path / "nowhere")
 
 
 def test_named_templates_in_the_settings(tokenizer: Path, tmp_path: Path) -> None:

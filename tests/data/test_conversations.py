@@ -135,6 +135,7 @@ def test_calls_reasoning_parts_and_weights() -> None:
         ({"prompt": "x"}, "completion is not a list of objects"),
         ({"instruction": 1, "output": "x"}, "instruction and input must be text"),
         ({"instruction": "x", "output": "x", "history": [["x"]]}, "history 1 is no pair"),
+        ({"instruction": "x", "output": "x", "history": 5}, "history is not a list of pairs"),
     ],
 )
 def test_what_is_no_conversation_says_why(record: Any, reason: str) -> None:

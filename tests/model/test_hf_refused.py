@@ -92,6 +92,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
         "says quantization_config={'bits': 4}; supported is None",
     ),
     "missing": ("Llama", {"hidden_size": None}, "has no hidden_size; copy it again"),
+    "theta": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "big"}},
+        "says rope_theta='big', which is no float; copy it again",
+    ),
     "wrong type": ("Llama", {"hidden_size": "x"}, "says hidden_size='x', which is no int; copy it again"),
     "some layers": (
         "Qwen2",

@@ -1,5 +1,6 @@
 """What a stage of a model's life adds to the loop: a source, a loss, evaluations."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from drivetrain.data.batch import Batch
 from drivetrain.data.loader import Source
 from drivetrain.train.engine.base import Engine, LossSums
+from drivetrain.train.metrics import Shown
 
 
 class Stage(Protocol):
@@ -19,8 +21,8 @@ class Stage(Protocol):
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Held-out numbers, keys `eval/*`. Collective."""
 
-    def samples(self, engine: Engine) -> list[tuple[str, str]]:
-        """(prompt, completion) of the configured prompts. Collective."""
+    def samples(self, engine: Engine) -> Sequence[Shown]:
+        """(prompt, completion) of the configured prompts, or of a step's own with their scores. Collective."""
 
     def after_step(self, engine: Engine, step: int) -> dict[str, float]:
         """What happens between steps: nothing, except in reinforcement learning."""

@@ -12,12 +12,11 @@ from drivetrain.data.loader import Share, Source
 from drivetrain.data.packing import Rows
 from drivetrain.data.sft import HeldOutConversations, SftSource, open_conversations
 from drivetrain.model.backend import backend_of
-from drivetrain.model.generate import Sampling
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.evaluate import HeldOut
 from drivetrain.train.losses import next_token_loss
 from drivetrain.train.mesh import World
-from drivetrain.train.stages.samples import complete
+from drivetrain.train.stages.samples import answers
 
 
 class SftStage:
@@ -58,18 +57,7 @@ class SftStage:
     def samples(self, engine: Engine) -> list[tuple[str, str]]:
         if self.chat is None:
             return []
-        stop_id = self.chat.stop_id()
-        texts = complete(
-            engine,
-            [self.chat.prompt([{"role": "user", "content": said}]) for said in self.cfg.sample_prompts],
-            self.chat.tokenizer,
-            self.model_cfg,
-            self.world,
-            backend=self.backend,
-            eos_ids=[self.eos_id] if stop_id is None else [self.eos_id, stop_id],
-            sampling=Sampling(max_tokens=self.cfg.sample_tokens, temperature=0),
-        )
-        return list(zip(self.cfg.sample_prompts, texts, strict=True))
+        return answers(engine, self.chat, self.cfg, self.model_cfg, self.world, self.backend, self.eos_id)
 
     def after_step(self, engine: Engine, step: int) -> dict[str, float]:
         """How full the rows of the run were, and how often each conversation of a source has been seen."""

@@ -1,0 +1,137 @@
+"""Reinforcement learning: the model practises on problems, and what was better than its siblings gets likelier."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drivetrain.conf.schema import GrpoConfig, RunConfig
+from drivetrain.data.batch import Batch
+from drivetrain.data.chat import Chat
+from drivetrain.data.loader import Source
+from drivetrain.data.tokenizer import eos_id
+from drivetrain.model.backend import backend_of
+from drivetrain.train.engine.base import Engine, LossSums
+from drivetrain.train.mesh import World
+from drivetrain.train.metrics import Shown
+from drivetrain.train.rl.accuracy import held_out_accuracy
+from drivetrain.train.rl.alarms import RlAlarms
+from drivetrain.train.rl.environments import build_environment
+from drivetrain.train.rl.policy import logprobs_of, policy_loss, trained_places
+from drivetrain.train.rl.report import Gap, rollout_metrics
+from drivetrain.train.rl.rollout import Sampler
+from drivetrain.train.rl.source import RolloutSource
+
+Say = Callable[[str], None]
+
+
+class GrpoStage:
+    """`Stage` whose source is the model itself: it has none before `prepare`."""
+
+    source: Source
+
+    def __init__(
+        self,
+        config: RunConfig,
+        micro_batch: int,
+        world: World,
+        tokenizer: Path,
+        state: dict[str, Any] | None,
+    ) -> None:
+        assert isinstance(config.stage, GrpoConfig)
+        self.config, self.cfg, self.model_cfg = config, config.stage, config.model
+        self.micro_batch, self.world, self.state = micro_batch, world, state
+        self.backend = backend_of(config.kernels, world.device)
+        self.notes: list[str] = []
+        self.environment = build_environment(
+            self.cfg.environment, config.seed, self.cfg.eval_problems, self.cfg.eval_unseen
+        )
+        self.chat = Chat(tokenizer)
+        self.eos_id = eos_id(tokenizer)
+        self.gap = Gap()
+        self.before: dict[str, float] = {}
+        self.alarms = RlAlarms(config.alarms.window)
+
+    def prepare(self, engine: Engine, reference: nn.Module | None, note: Say, alarm: Say) -> None:
+        """Give the stage the weights that sample, and the frozen ones to stay close to. Collective.
+
+        What a new run begins with is evaluated; its numbers are those of the first step, before its update.
+        """
+        self.alarm = alarm
+        stop = self.chat.stop_id()
+        self.sampler = Sampler(
+            self.cfg,
+            engine.model,
+            self.model_cfg,
+            self.environment,
+            self.chat,
+            [self.eos_id] if stop is None else [self.eos_id, stop],
+            self.world,
+            self.backend,
+            self.config.seed,
+        )
+        self.source = self.rollouts = RolloutSource(
+            self.cfg,
+            self.sampler,
+            self.micro_batch,
+            self.world,
+            self.eos_id,
+            partial(self._logprobs, engine.model),
+            None if reference is None else partial(self._logprobs, reference),
+            self.state,
+        )
+        if self.state is None and self.cfg.eval_every:
+            self.before = self.evaluate(engine)
+            accuracy, asked = self.before["eval/accuracy"], self.cfg.eval_problems
+            note(f"before training {accuracy:.1%} of {asked} held-out problems are solved")
+
+    @torch.no_grad()
+    def _logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """fp32 [T] on the CPU, 0 where nothing is trained. Collective."""
+        there = batch.to(self.world.device)
+        at_K = trained_places(there)
+        logprobs_K, _ = logprobs_of(model, there, at_K, self.model_cfg, self.backend, self.cfg.temperature)
+        out_T = torch.zeros(batch.tokens)
+        out_T[at_K.cpu()] = logprobs_K.float().cpu()
+        return out_T * (batch.loss_weights_T > 0)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
+        at_K = trained_places(batch)
+        logprobs_K, entropy_K = logprobs_of(
+            model, batch, at_K, self.model_cfg, self.backend, self.cfg.temperature
+        )
+        sums, gap_K = policy_loss(logprobs_K, entropy_K, batch, at_K, self.cfg)
+        self.gap.add(gap_K, entropy_K.detach(), batch.loss_weights_T[at_K])
+        return sums
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        return held_out_accuracy(self.sampler, self.cfg.eval_problems, self.cfg.eval_samples)
+
+    def samples(self, engine: Engine) -> list[Shown]:
+        return self.rollouts.table()
+
+    def close(self) -> None:
+        """End the processes that rewards have started."""
+        self.sampler.rewards.close()
+
+    def after_step(self, engine: Engine, step: int) -> dict[str, float]:
+        source = self.rollouts
+        found = {
+            **rollout_metrics(source.groups),
+            **self.gap.take(self.world),
+            **source.metrics,
+            "rl/staleness": float(source.staleness),
+            "rl/seconds_train": (seconds := time.perf_counter() - source.handed_out),
+        }
+        found["rl/trained_tokens_per_second"] = found["rl/tokens"] / seconds
+        if step == 1:
+            found |= self.before
+        source.metrics = {}
+        keys = ("rl/entropy", "rl/reward_mean", "rl/reward_std", "rl/completion_tokens_mean")
+        for sentence in self.alarms.check(step, *(found[key] for key in keys)):
+            self.alarm(sentence)
+        return found
