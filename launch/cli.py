@@ -103,6 +103,9 @@ def data_build(
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
     strict: Annotated[bool, typer.Option(help="Stop at the first broken line.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="The input is conversations, for stage=sft.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Chosen and rejected answers, for stage=dpo and reward_model.")
+    ] = False,
 ) -> None:
     """Turn txt, jsonl(.gz/.zst), parquet or folders of them into token shards."""
     from drivetrain.data.build import build
@@ -118,13 +121,15 @@ def data_build(
         overwrite=overwrite,
         strict=strict,
         chat=chat,
+        pairs=pairs,
     )
     for split in ("train", "held_out"):
         documents = sum(shard.documents for shard in manifest.split(split))
         said = f"{split}: {documents:,} documents, {manifest.tokens(split):,} tokens"
-        if chat:
+        if chat or pairs:
             learned = sum(shard.loss_tokens or 0 for shard in manifest.split(split))
             said = f"{said.replace('documents', 'conversations')}, {learned:,} of them learned"
+            said += f", in {documents // 2:,} pairs" if pairs else ""
         console.print(said, markup=False)
 
 

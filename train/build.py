@@ -12,11 +12,15 @@ import torch.distributed as dist
 
 from drivetrain.conf.errors import CheckpointError, ConfigError
 from drivetrain.conf.schema import (
+    SCHEMAS,
     Device,
+    DpoConfig,
     FsdpConfig,
+    GrpoConfig,
     ModelConfig,
     Precision,
     PretrainConfig,
+    RewardModelConfig,
     RunConfig,
     SftConfig,
     ZeroConfig,
@@ -28,16 +32,21 @@ from drivetrain.model.hf import fill_from_hf
 from drivetrain.model.initialize import initialize
 from drivetrain.model.lora import base_parameters, inject
 from drivetrain.model.memory import choose_micro_batch
+from drivetrain.model.parallelize import shard
 from drivetrain.model.transformer import Transformer, build_model
+from drivetrain.model.value_head import SCORE, give_value_head, has_value_head, with_value_head
 from drivetrain.train import checkpoint
 from drivetrain.train.adapters import Base, base_state, find_base, locate, lora_of, merged_with, with_adapters
 from drivetrain.train.engine.base import Engine, Fill
 from drivetrain.train.lock import lock_run_dir
 from drivetrain.train.loop import Loop, Outcome, begin
-from drivetrain.train.mesh import World
+from drivetrain.train.mesh import World, shard_mesh
 from drivetrain.train.metrics import peak_memory_bytes, write_summary
 from drivetrain.train.stages.base import Stage
+from drivetrain.train.stages.dpo import DpoStage
+from drivetrain.train.stages.grpo import GrpoStage
 from drivetrain.train.stages.pretrain import PretrainStage
+from drivetrain.train.stages.reward_model import RewardModelStage
 from drivetrain.train.stages.sft import SftStage
 from drivetrain.train.stop import Stop
 from drivetrain.train.watch import Watch
@@ -49,7 +58,7 @@ class Run:
     run_dir: Path
     world: World
     loop: Loop
-    prefetcher: Prefetcher
+    prefetcher: Prefetcher | None  # none where batches depend on the last update
     resumed_from: int | None
 
     def finish(self, outcome: Outcome, wall_seconds: float) -> None:
@@ -75,7 +84,10 @@ class Run:
         write_summary(self.run_dir, summary)
 
     def close(self, status: str) -> None:
-        self.prefetcher.close()
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        if isinstance(self.loop.stage, GrpoStage):
+            self.loop.stage.close()
         self.loop.watch.close(status)
 
 
@@ -110,11 +122,17 @@ def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run
     stage = build_stage(config, run_dir, share, world, state["source"] if state else None)
     for note in stage.notes:
         watch.note(note)
-    pin = world.device.type == "cuda"
-    prefetcher = Prefetcher(
-        stage.source, config.data.prefetch, (lambda batch: batch.pin()) if pin else (lambda batch: batch)
-    )
-    stage.source = prefetcher
+    if isinstance(stage, DpoStage):
+        stage.prepare(engine, resumed=folder is not None)
+    prefetcher = None
+    if isinstance(stage, GrpoStage):
+        stage.prepare(engine, build_reference(config, world), watch.note, watch.alarm)
+    else:
+        pin = world.device.type == "cuda"
+        prefetcher = Prefetcher(
+            stage.source, config.data.prefetch, (lambda batch: batch.pin()) if pin else (lambda batch: batch)
+        )
+        stage.source = prefetcher
     checkpointer = checkpoint.Checkpointer(run_dir / "checkpoints", config.checkpoint, world)
     loop = Loop(config, world, engine, stage, checkpointer, watch, begin(state), base_state(base))
     return Run(config, run_dir, world, loop, prefetcher, start if folder is not None else None)
@@ -127,6 +145,8 @@ def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
     wide = isinstance(config.engine, ZeroConfig) and config.engine.zero_stage == 0
     whole = wide or config.engine.precision is Precision.fp32
     inject(model, config.lora, torch.float32 if whole else torch.bfloat16)
+    if isinstance(config.stage, RewardModelConfig):
+        give_value_head(model)  # after that: it is trained beside adapters too
     match config.engine:
         case FsdpConfig():
             from drivetrain.train.engine.fsdp import FsdpEngine
@@ -142,6 +162,19 @@ def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
     return engine
 
 
+def build_reference(config: RunConfig, world: World) -> Transformer | None:
+    """The frozen model that `stage.kl_coef` keeps the trained one close to: the weights that the run began with,
+    sharded over all ranks under either engine. None: nothing asks for it."""
+    if not isinstance(config.stage, GrpoConfig) or not config.stage.kl_coef:
+        return None
+    model = build_model(config.model, backend_of(config.kernels, world.device))
+    model.requires_grad_(False)
+    shard(model, FsdpConfig(precision=config.engine.precision), shard_mesh(world, 1))
+    model.materialize(world.device)
+    _fill(config, None)(model)
+    return model
+
+
 def build_stage(
     config: RunConfig, run_dir: Path, share: Any, world: World, state: dict[str, Any] | None
 ) -> Stage:
@@ -150,8 +183,14 @@ def build_stage(
             return PretrainStage(config, share, world, run_dir / "tokenizer", state)
         case SftConfig():
             return SftStage(config, share, world, run_dir / "tokenizer", state)
+        case DpoConfig():
+            return DpoStage(config, share, world, run_dir, state)
+        case RewardModelConfig():
+            return RewardModelStage(config, share, world, state)
+        case GrpoConfig():
+            return GrpoStage(config, share.micro_batch, world, run_dir / "tokenizer", state)
         case _:
-            raise ConfigError(f"stage={config.stage.name} is not known; use pretrain or sft")
+            raise ConfigError(f"stage={config.stage.name} is not known; use {', '.join(SCHEMAS['stage'])}")
 
 
 def _seed(seed: int) -> None:
@@ -190,9 +229,10 @@ def _fill(config: RunConfig, folder: Path | None, base: Base | None = None) -> F
         return with_adapters(config, folder, fill_from(Path(base.path), config.model))
     if folder is not None:
         return fill_from(folder, config.model)
-    if config.model.init_from is not None:
-        return fill_from(Path(config.model.init_from), config.model)
-    return lambda model: initialize(model, config.model, config.seed)
+    if config.model.init_from is None:
+        return lambda model: initialize(model, config.model, config.seed)
+    fill = fill_from(Path(config.model.init_from), config.model)
+    return with_value_head(fill, config.seed) if isinstance(config.stage, RewardModelConfig) else fill
 
 
 def fill_from(source: Path, cfg: ModelConfig) -> Fill:
@@ -207,15 +247,28 @@ def fill_from(source: Path, cfg: ModelConfig) -> Fill:
     if kind_of(source) is Kind.hugging_face:
         return lambda model: fill_from_hf(model, cfg, source)
     folder = weights_folder(source)
+    scores = checkpoint.is_reward_model(folder)
     if (adapted := lora_of(folder)) is not None:
         lora, base = adapted
-        return merged_with(folder, lora, fill_from(locate(base, None, newest_weights), cfg))
+        fill = merged_with(folder, lora, scores, fill_from(locate(base, None, newest_weights), cfg))
+    else:
 
-    def read(model: Transformer) -> None:
-        tensors = {f"model.{name}": p.detach() for name, p in base_parameters(model)}
-        checkpoint.load_tensors(folder, tensors)
+        def fill(model: Transformer) -> None:
+            named = ((name, p) for name, p in base_parameters(model) if scores or name != SCORE)
+            checkpoint.load_tensors(folder, {f"model.{name}": p.detach() for name, p in named})
 
-    return read
+    return _fill_scores(folder, fill) if scores else fill
+
+
+def _fill_scores(folder: Path, fill: Fill) -> Fill:
+    """A reward model's weights, for a reward model only."""
+
+    def checked(model: Transformer) -> None:
+        if not has_value_head(model):
+            raise checkpoint.no_logits(folder)
+        fill(model)
+
+    return checked
 
 
 def newest_weights(source: Path) -> Path:

@@ -13,6 +13,8 @@ from drivetrain.train.optim import lr_factor
 from drivetrain.train.stages.base import Stage
 from drivetrain.train.watch import Watch
 
+RISES = ("accuracy", "margin")  # what a better model has more of; of all other `eval/*` it has less
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -65,7 +67,7 @@ class Loop:
             metrics: dict[str, Any] = self.engine.accumulate(batches, self.stage.loss)
             result = self.engine.step(factor)
             metrics |= self.stage.after_step(self.engine, step)
-            outcome.pace.end(cfg.tokens_per_step)
+            outcome.pace.end(sum(batch.tokens for batch in batches) * self.world.size)
             outcome.step = step
             for sentence in alarms.check(step, metrics["loss"], result.skipped):
                 self.watch.alarm(sentence)
@@ -133,5 +135,7 @@ class Loop:
 
 def _keep_best(best: dict[str, float], metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
-        if name.startswith("eval/") and value < best.get(name, float("inf")):
-            best[name] = value
+        if name.startswith("eval/"):
+            sign = -1 if name.endswith(RISES) or "pass@" in name else 1
+            if sign * value < sign * best.get(name, sign * float("inf")):  # never so for NaN
+                best[name] = value

@@ -8,7 +8,7 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,8 @@ import torch
 
 from drivetrain.conf.schema import AlarmConfig
 
+# What is shown of the model: a prompt, its completion, and where there are any, scores by name.
+Shown = tuple[str, str] | tuple[str, str, dict[str, float]]
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
 
@@ -26,6 +28,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def records(rows: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Rows with their names; all rows have the same ones."""
+    return [
+        {"prompt": prompt, "completion": completion, **(scores[0] if scores else {})}
+        for prompt, completion, *scores in rows
+    ]
 
 
 class MetricsFile:
@@ -47,10 +57,9 @@ class MetricsFile:
     def log(self, row: dict[str, Any]) -> None:
         self._write(self._metrics, json.dumps(plain(row)))
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
-        for prompt, completion in rows:
-            text = json.dumps({"step": step, "prompt": prompt, "completion": completion}, ensure_ascii=False)
-            self._write(self._samples, text)
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None:
+        for record in records(rows):
+            self._write(self._samples, json.dumps({"step": step, **plain(record)}, ensure_ascii=False))
 
     def _write(self, file: TextIO, line: str) -> None:
         try:
@@ -130,7 +139,8 @@ class Alarms:
             found.append(f"step {step}: the gradient is not finite; the step was skipped on every rank")
         else:
             self.skipped_in_a_row = 0
-        full = len(self._losses) == self._losses.maxlen
+        # A loss that takes both signs, as a policy gradient's does, has no usual size to be a multiple of.
+        full = len(self._losses) == self._losses.maxlen and min(self._losses) > 0
         if full and loss > (limit := self._cfg.spike_factor * statistics.median(self._losses)):
             found.append(f"step {step}: loss {loss:.3f} is a spike, above {limit:.3f}")
         if math.isfinite(loss):

@@ -9,7 +9,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig, WandbConfig, WandbMode
+from drivetrain.train.metrics import Shown, records
 
 ANSWER_SECONDS = 4.0  # how long the W&B server may take before the run is recorded offline
 INIT_SECONDS = 30.0
@@ -31,7 +32,7 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the numbers of one optimizer step."""
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None:
         """Record (prompt, completion) pairs."""
 
     def alert(self, title: str, text: str) -> None:
@@ -76,7 +77,7 @@ class NoTracker:
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None: ...
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None: ...
 
     def alert(self, title: str, text: str) -> None: ...
 
@@ -115,10 +116,11 @@ class WandbTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({**metrics, "step": step})
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None:
         import wandb
 
-        table = wandb.Table(columns=["step", "prompt", "completion"], data=[[step, *row] for row in rows])
+        named = [{"step": step, **record} for record in records(rows)]
+        table = wandb.Table(columns=list(named[0]), data=[list(record.values()) for record in named])
         self._run.log({"samples": table, "step": step})
 
     def alert(self, title: str, text: str) -> None:
@@ -252,8 +254,10 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
-        text = "\n\n---\n\n".join(f"{_verbatim(prompt)}\n\n→\n\n{_verbatim(reply)}" for prompt, reply in rows)
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None:
+        text = "\n\n---\n\n".join(
+            "\n\n→\n\n".join(_verbatim(str(value)) for value in record.values()) for record in records(rows)
+        )
         self._writer(step).add_text("samples", text, step)
 
     def alert(self, title: str, text: str) -> None:
@@ -280,7 +284,7 @@ class GuardedTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._try(lambda: self._tracker.log(step, metrics))
 
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, rows: Sequence[Shown]) -> None:
         self._try(lambda: self._tracker.log_samples(step, rows))
 
     def alert(self, title: str, text: str) -> None:

@@ -1,12 +1,13 @@
 """Everything that looks at a run: the live line, the files, the tracker. Rank 0 does most of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from drivetrain.conf.schema import Precision, RunConfig
 from drivetrain.model.flops import peak_flops, train_flops_per_token
 from drivetrain.train.mesh import World
-from drivetrain.train.metrics import MetricsFile, Pace, peak_memory_bytes
+from drivetrain.train.metrics import MetricsFile, Pace, Shown, peak_memory_bytes
 from drivetrain.train.progress import Progress
 from drivetrain.train.stop import Stop
 from drivetrain.train.trackers import build_tracker
@@ -47,7 +48,7 @@ class Watch:
         self.note(f"warning: {text}")
         self._tracker.alert("drivetrain", text)
 
-    def evaluated(self, step: int, found: dict[str, float], samples: list[tuple[str, str]]) -> None:
+    def evaluated(self, step: int, found: dict[str, float], samples: Sequence[Shown]) -> None:
         if self._files is not None and samples:
             self._files.log_samples(step, samples)
             self._tracker.log_samples(step, samples)

@@ -1,11 +1,15 @@
 """Shards of random documents of very uneven length."""
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from drivetrain.data.build import build
 from drivetrain.data.shards import Manifest, ShardWriter, dtype_for
+from drivetrain.data.tokenizer import train_tokenizer
 
 EOS = 0
 VOCAB = 96
@@ -38,3 +42,31 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data") / "other", seed=2)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions with two answers of which the chosen one speaks of cats; one pair is very long."""
+    folder, draw = tmp_path_factory.mktemp("pairs"), random.Random(0)
+
+    def answer(animal: str, words: int) -> list[dict[str, str]]:
+        said = [draw.choice(["red", "old", "big", "wet"]) for _ in range(words)]
+        said.insert(draw.randint(0, words), animal)
+        return [{"role": "assistant", "content": " ".join(said)}]
+
+    records = []
+    for number in range(150):
+        long = 300 if number == 7 else 0
+        records.append(
+            {
+                "prompt": [{"role": "user", "content": f"which one {number}"}],
+                "chosen": answer("cat", draw.randint(1, 6) + long),
+                "rejected": answer("dog", draw.randint(1, 6)),
+            }
+        )
+    source = folder / "a.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "a.txt").write_text(" which one cat dog red old big wet user assistant 1234567890" * 30)
+    train_tokenizer([folder / "a.txt"], 280, folder / "tokenizer")
+    build([source], folder / "tokenizer", folder / "shards", 1, held_out=0.2, progress=False, pairs=True)
+    return folder

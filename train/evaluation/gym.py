@@ -32,7 +32,7 @@ def gym_items(name: str) -> list[Item]:
         raise ConfigError(f"{name} needs reasoning-gym; run `pip install 'drivetrain[rl]'`") from error
     kind, _, query = name.removeprefix(GYM).partition("?")
     try:
-        given = {key: _value(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
+        given = {key: value_of(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
         made = reasoning_gym.create_dataset(kind, **{"size": SIZE, "seed": SEED, **given})
         entries = list(made)
     except (ValueError, TypeError, AssertionError) as error:
@@ -56,12 +56,17 @@ def _judge(made: Any, entry: dict[str, Any]) -> Judge:
 
 
 def _mark(made: Any, entry: dict[str, Any], answer: str) -> float:
-    """0 to 1, by the data set's own rules; an answer within <answer> tags is taken out of them."""
-    found = _TAGGED.findall(answer)
-    return float(made.score_answer(found[-1].strip() if found else answer, entry))
+    """0 to 1, by the data set's own rules."""
+    return float(made.score_answer(answer_in(answer), entry))
 
 
-def _value(text: str) -> Any:
+def answer_in(text: str) -> str:
+    """What stands in the last <answer> tags, or the whole text."""
+    found = _TAGGED.findall(text)
+    return found[-1].strip() if found else text.strip()
+
+
+def value_of(text: str) -> Any:
     """A number, a truth value or a list where it is one in JSON, else the text."""
     try:
         return json.loads(text)
