@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -73,7 +74,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """What both kinds of request have. `top_k` and `min_p` are not OpenAI's; vLLM calls them so too."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -96,8 +97,8 @@ class Body(BaseModel):
         return [value] if isinstance(value, str) else value
 
     @property
-    def with_logprobs(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def with_logprobs(self) -> bool: ...
 
     def sampling(self, default_tokens: int) -> Sampling:
         """Without a seed, one that nobody can guess.
@@ -227,7 +228,7 @@ class Answer:
         return added
 
 
-class Response:
+class Response(ABC):
     """A response to one body: n answers to each of its requests.
 
     Args:
@@ -293,14 +294,16 @@ class Response:
         texts = [self.tokenizer.decode([token], skip_special_tokens=False) for token in answer.tokens[first:]]
         return self.spelled_logprobs(texts, answer.logprobs[first:], answer.offsets[first:])
 
-    def delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, text: str) -> dict[str, Any]: ...
 
-    def message(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def message(self, text: str) -> dict[str, Any]: ...
 
-    def spelled_logprobs(self, texts: list[str], logprobs: list[float], offsets: list[int]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def spelled_logprobs(
+        self, texts: list[str], logprobs: list[float], offsets: list[int]
+    ) -> dict[str, Any]: ...
 
 
 class ChatResponse(Response):
