@@ -45,6 +45,16 @@ def unit(x_TD: Tensor, weight_D: Tensor, eps: float) -> float:
     return float(4 * weight_D.abs().max() * (x_TD.double().square().mean(-1) + eps).rsqrt().max())
 
 
+def unit_of_weight(x_TD: Tensor, eps: float) -> float:
+    """A gradient of the weight is a sum over rows of what may cancel, added up in fp32: what its terms come to, in
+    units of the dtype."""
+    if not x_TD.numel():
+        return 0.0
+    rows_TD = x_TD.double().reshape(-1, x_TD.shape[-1])
+    sizes_TD = rows_TD.abs() * (rows_TD.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return float(sizes_TD.sum(0).max()) * torch.finfo(torch.float32).eps / torch.finfo(x_TD.dtype).eps
+
+
 @st.composite
 def cases(draw_: st.DrawFn) -> dict[str, Any]:
     return {
@@ -67,15 +77,16 @@ def compare(check: Callable[..., None], dtype: torch.dtype, residual: bool, case
             lambda x, weight: rms_norm_triton(arrange(x), weight, eps),
             lambda x, weight: rms_norm_ref(x, weight, eps),
             [x_TD, weight_D],
-            [0.0, unit(x_TD, weight_D, eps), 0.0],
+            [0.0, unit(x_TD, weight_D, eps), unit_of_weight(x_TD, eps)],
         )
         return
     residual_TD = draw(*shape, dtype=dtype, seed=case["seed"] + 2)
+    sum_TD = x_TD + residual_TD
     check(
         lambda x, more, weight: add_rms_norm_triton(arrange(x), arrange(more), weight, eps),
         lambda x, more, weight: add_rms_norm_ref(x, more, weight, eps),
         [x_TD, residual_TD, weight_D],
-        [0.0, 0.0, *[unit(x_TD + residual_TD, weight_D, eps)] * 2, 0.0],
+        [0.0, 0.0, *[unit(sum_TD, weight_D, eps)] * 2, unit_of_weight(sum_TD, eps)],
     )
 
 
