@@ -168,7 +168,8 @@ def _rate(running: Iterator[int], seconds: float) -> float:
 
 def prepare(root: Path) -> None:
     """Shards of every size under `root`; what is already there stays."""
-    from drivetrain.data.shards import Manifest, ShardInfo, ShardWriter
+    from drivetrain.data.shard_writer import ShardWriter
+    from drivetrain.data.shards import Manifest, ShardInfo
 
     def manifest(folder: Path, shards: list[ShardInfo]) -> None:
         made = Manifest(dtype="uint16", vocab_size=VOCAB, eos_id=EOS, tokenizer_hash="bench", shards=shards)

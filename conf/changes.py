@@ -71,7 +71,7 @@ def show(value: object) -> str:
 # Keys that a resume may change, and why it may not change the others.
 MAY_CHANGE = re.compile(
     r"kernels|objective|experiment|lora\.dropout|(engine|cluster|tracker|checkpoint|alarms)\..*|optim\.(?!name$).*"
-    r"|stage\.(steps|micro_batch|eval_(?!problems|unseen).*|save_every|log_every|sample_.*)"
+    r"|stage\.(steps|micro_batch|eval_(?!problems|unseen).*|save_every|log_every|sample_.*|rollout\..*)"
     r"|data\.(path|prefetch|mixture\..*)"
 )
 BATCH = "the batch of a step is a function of (seed, step) and would be another one"

@@ -1,4 +1,5 @@
-"""Whether the data is all there and fits the model and the stage, from manifests and the sizes of files."""
+"""Whether the data is all there and fits the model and the stage, from manifests, the sizes of files, and of
+conversations the lengths."""
 
 import json
 import math
@@ -6,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from drivetrain.conf.changes import has_checkpoint
+from drivetrain.conf.check_rows import IDX_HEADER_BYTES, row_problems
+from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import DataConfig, DpoConfig, GrpoConfig, RewardModelConfig, RunConfig, SftConfig
 from drivetrain.conf.source import tokenizer_of
+from drivetrain.conf.tokenizer_file import TOKENIZER, hash_of, size_of, tokenizer_definition
 
 OWN_TOKENIZER = "leave tokenizer out to use the one the data was built with"
-ITEM_BYTES = {"uint16": 2, "int32": 4}
-IDX_HEADER_BYTES = 34  # data/shards.py describes both files
+ITEM_BYTES = {"uint16": 2, "int32": 4}  # data/shards.py describes the files
 BUILD_CHAT = "`drivetrain data build INPUT... --chat --tokenizer DIR --out DIR`"
 BUILD_PAIRS = "`drivetrain data build INPUT... --pairs --tokenizer DIR --out DIR`"
 BUILD = "`drivetrain data build INPUT... --tokenizer DIR --out DIR`"
@@ -37,21 +41,14 @@ def data_problems(config: RunConfig) -> Iterator[str]:
                 f"{key} has a vocabulary of {size} tokens and model.vocab_size={vocab_size}; "
                 f"use model.vocab_size={math.ceil(size / 64) * 64}"
             )
-        yield from _kind(key, manifest, config)
-        yield from _files(key, manifest)
+        wrong = [*_kind(key, manifest, config), *_files(key, manifest)]
+        yield from wrong or (row_problems(key, manifest, config) if _weighted(manifest) else ())
     hashes = {key: manifest["tokenizer_hash"] for key, manifest in manifests.items()}
     first = next(iter(hashes), "")
     for key in hashes:
         if hashes[key] != hashes[first]:
             yield f"{key} and {first} were built with different tokenizers; build one of them again"
-    source = config.model.init_from
-    if config.tokenizer is not None:
-        yield from _tokenizer(
-            f"tokenizer={config.tokenizer}", Path(config.tokenizer), OWN_TOKENIZER, manifests
-        )
-    elif source is not None and (found := tokenizer_of(Path(source))) is not None:
-        remedy = f"build the data with --tokenizer {found}"
-        yield from _tokenizer(f"the tokenizer of model.init_from={source}", found, remedy, manifests)
+    yield from _tokenizers(config, manifests)
 
 
 def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -73,6 +70,8 @@ def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any
                 _sizes(manifest)
                 if not isinstance(manifest["vocab_size"], int) or not manifest["tokenizer_hash"]:
                     raise ValueError("a manifest without its tokenizer")
+                if manifest.get("pairs") and any(int(s["documents"]) % 2 for s in manifest["shards"]):
+                    raise ValueError("half a pair")
             except (OSError, ValueError, KeyError, TypeError):
                 problems.append(
                     f"{word} has a manifest.json that cannot be read as one; build the data again"
@@ -84,7 +83,7 @@ def _manifests(data: DataConfig, problems: list[str]) -> dict[str, dict[str, Any
 
 def _kind(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[str]:
     """Conversations for fine-tuning, pairs for preferences, documents for pretraining, and enough of them."""
-    chat = any(shard.get("loss_tokens") is not None for shard in manifest["shards"])
+    chat = _weighted(manifest)
     found = "preference pairs" if manifest.get("pairs") else "conversations" if chat else "documents"
     match config.stage:
         case SftConfig():
@@ -126,6 +125,11 @@ def _windows(key: str, manifest: dict[str, Any], config: RunConfig) -> Iterator[
         )
 
 
+def _weighted(manifest: dict[str, Any]) -> bool:
+    """Whether the documents are conversations, whose tokens have weights."""
+    return any(shard.get("loss_tokens") is not None for shard in manifest["shards"])
+
+
 def _longest(manifest: dict[str, Any], split: str) -> int:
     return max((int(shard["tokens"]) for shard in manifest["shards"] if shard["split"] == split), default=0)
 
@@ -158,21 +162,35 @@ def _files(key: str, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{key} is not what its manifest says: {wrong[0]}{others}; build or copy the data again"
 
 
+def _tokenizers(config: RunConfig, manifests: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Whether the data was made with the tokenizer that the run will have: the same ids mean the same texts."""
+    source, run_dir = config.model.init_from, Path(config.run_dir) if config.run_dir else None
+    if config.tokenizer is not None:
+        word, directory = f"tokenizer={config.tokenizer}", Path(config.tokenizer)
+        yield from _tokenizer(word, directory, OWN_TOKENIZER, manifests)
+    elif source is not None and (found := tokenizer_of(Path(source))) is not None:
+        remedy = f"build the data with --tokenizer {found}"
+        yield from _tokenizer(f"the tokenizer of model.init_from={source}", found, remedy, manifests)
+    elif run_dir is not None and has_checkpoint(run_dir) and (found := tokenizer_of(run_dir)) is not None:
+        remedy = f"build the data with --tokenizer {found}"
+        yield from _tokenizer(f"the tokenizer in {run_dir}", found, remedy, manifests)
+
+
 def _tokenizer(
     word: str, directory: Path, remedy: str, manifests: dict[str, dict[str, Any]]
 ) -> Iterator[str]:
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER
     if not path.is_file():
-        yield f"{word} has no tokenizer.json; {remedy}"
+        yield f"{word} has no {TOKENIZER}; {remedy}"
         return
     try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-        vocab = definition["model"]["vocab"]  # a list in Unigram models, whose ids are the positions
-        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
-        size = 1 + max([*ids, *(token["id"] for token in definition["added_tokens"])])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        definition = tokenizer_definition(directory)
+        size, digest = size_of(definition), hash_of(definition)
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{path} cannot be read as a tokenizer; copy or train it again"
         return
     for key, manifest in manifests.items():
         if manifest["vocab_size"] != size:
-            yield (f"{word} has {size} tokens and {key} was built with {manifest['vocab_size']}; {remedy}")
+            yield f"{word} has {size} tokens and {key} was built with {manifest['vocab_size']}; {remedy}"
+        elif manifest["tokenizer_hash"] != digest:
+            yield f"{word} is not the one that {key} was built with, though as large; {remedy}"

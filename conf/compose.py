@@ -11,11 +11,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.explain import explain, misuse
+from drivetrain.conf.learning_rate import default_matrix_rate, default_rate
 from drivetrain.conf.schema import SCHEMAS, DataConfig, ModelConfig, RopeScaling, RunConfig
 from drivetrain.conf.schema import options as options
 from drivetrain.conf.source import model_of_init_from
@@ -89,9 +90,20 @@ def to_run_config(composed: DictConfig, experiment: str | None) -> RunConfig:
     base = OmegaConf.merge(base, {key: composed[key] for key in composed if key != "hydra"})
     base.experiment = experiment
     OmegaConf.resolve(base)
+    _fill_rates(base)
     config = OmegaConf.to_object(base)
     assert isinstance(config, RunConfig)
     return config
+
+
+def _fill_rates(base: ListConfig | DictConfig) -> None:
+    """The learning rates that were not given."""
+    assert isinstance(base, DictConfig)
+    stage, optim = base.stage.name, base.optim
+    if OmegaConf.is_missing(optim, "lr"):
+        optim.lr = default_rate(stage, base.lora.rank)
+    if OmegaConf.is_missing(optim, "matrix_lr"):  # false where there is no such key
+        optim.matrix_lr = default_matrix_rate(stage)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drivetrain.conf.changes import has_checkpoint
-from drivetrain.conf.schema import GrpoConfig, KlEstimator, KlIn, RunConfig, Variant
+from drivetrain.conf.environments import ENVIRONMENTS
+from drivetrain.conf.rollout import RolloutEngine, rollout_problems
+from drivetrain.conf.schema import Device, GrpoConfig, KlEstimator, KlIn, RunConfig, Variant
 from drivetrain.conf.source import tokenizer_of
-
-ENVIRONMENTS = ("reasoning_gym:",)
 
 
 def grpo_problems(config: RunConfig) -> Iterator[str]:
@@ -39,9 +39,15 @@ def grpo_problems(config: RunConfig) -> Iterator[str]:
     if stage.sample_prompts:
         yield "stage.sample_prompts is not asked in stage=grpo, which shows its own rollouts; leave it out"
     if not stage.environment.startswith(ENVIRONMENTS):
+        names = f"{', '.join(ENVIRONMENTS[:-1])} or {ENVIRONMENTS[-1]}"
         yield (
-            f"stage.environment={stage.environment} is not known; use {ENVIRONMENTS[0]}NAME?SETTING=VALUE, as in "
+            f"stage.environment={stage.environment} is not known; it begins with {names}, as in "
             f"{ENVIRONMENTS[0]}chain_sum?max_terms=3"
+        )
+    yield from rollout_problems(stage.rollout, stage.updates)
+    if stage.rollout.engine is RolloutEngine.vllm and config.cluster.device is Device.cpu:
+        yield (
+            "stage.rollout.engine=vllm needs GPUs and cluster.device=cpu has none; use stage.rollout.engine=builtin"
         )
     yield from _divergence(config, stage)
     yield from _start(config)

@@ -5,11 +5,12 @@ The keys are those of transformers' configuration classes, in the spelling of ve
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.hf_values import Values
+from drivetrain.conf.ranges import COUNT, ZERO_OR_MORE
 from drivetrain.conf.schema import Mlp, ModelConfig, Norm, Positions, RopeScaling
 
 ARCHITECTURES = {
@@ -29,159 +30,143 @@ GPT2_FIXED = {
 }
 
 
-class _Values:
-    """config.json, whose errors name the file and the key."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read: {error.strerror}; is its folder a Hugging Face model?"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); copy it again") from error
-        if not isinstance(found, dict):
-            raise ConfigError(f"{path} is no object of keys and values; copy it again")
-        self.values: dict[str, Any] = found
-
-    def refuse(self, what: str) -> ConfigError:
-        return ConfigError(f"{self.path} {what}")
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise self.refuse(f"says {key}={value!r}, which is no {kind.__name__}; copy it again")
-        return value
-
-    def need(self, key: str, kind: type = int) -> Any:
-        if self.values.get(key) is None:
-            raise self.refuse(f"has no {key}; copy it again")
-        return self.get(key, kind, None)
-
-    def must_be(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
-        found = self.values.get(key, default)
-        if found not in allowed:
-            raise self.refuse(f"says {key}={found!r}; supported is {' or '.join(map(repr, allowed))}")
-
-
 def model_from_hf(directory: Path) -> ModelConfig:
     """The model that a Hugging Face directory's config.json describes, under the directory's name.
 
     Raises:
         ConfigError: the file is missing or no such description, or says something that the model cannot do.
     """
-    values = _Values(directory / "config.json")
+    values = Values(directory / "config.json")
     name = directory.resolve().name
     kind = _model_type(values)
     values.must_be("quantization_config", (None,), None)
     return _gpt2(values, name) if kind == "gpt2" else _llama_like(values, kind, name)
 
 
-def _model_type(values: _Values) -> str:
+def _model_type(values: Values) -> str:
     named = values.get("architectures", list, [])
-    kind = ARCHITECTURES.get(named[0]) if named else values.values.get("model_type")
-    if kind not in ARCHITECTURES.values():
-        what = named[0] if named else kind
+    what = named[0] if named else values.values.get("model_type")
+    known = ARCHITECTURES if named else {kind: kind for kind in ARCHITECTURES.values()}
+    if not isinstance(what, str) or what not in known:
         raise values.refuse(
             f"describes {what}, which is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    return str(kind)
+    return known[what]
 
 
-def _gpt2(values: _Values, name: str) -> ModelConfig:
+def _gpt2(values: Values, name: str) -> ModelConfig:
     values.must_be("activation_function", TANH_GELU, "gelu_new")
     for key, value in GPT2_FIXED.items():
         values.must_be(key, (value,), value)
-    dim, heads = values.need("n_embd"), values.need("n_head")
+    dim, heads = values.size("n_embd"), values.size("n_head")
     return ModelConfig(
         name=name,
-        vocab_size=values.need("vocab_size"),
+        vocab_size=values.size("vocab_size"),
         dim=dim,
-        layers=values.need("n_layer"),
+        layers=values.size("n_layer"),
         heads=heads,
         kv_heads=heads,
-        head_dim=dim // heads,
-        ffn_dim=values.get("n_inner", int, 4 * dim),
-        max_seq_len=values.need("n_positions"),
+        head_dim=_share(values, "n_embd", dim, "n_head", heads),
+        ffn_dim=values.size("n_inner", 4 * dim),
+        max_seq_len=values.size("n_positions"),
         positions=Positions.learned,
         norm=Norm.layer,
-        norm_eps=values.get("layer_norm_epsilon", float, 1e-5),
+        norm_eps=values.above_zero("layer_norm_epsilon", 1e-5),
         mlp=Mlp.gelu,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         tie_embeddings=values.get("tie_word_embeddings", bool, True),
-        init_std=values.get("initializer_range", float, 0.02),
+        init_std=values.above_zero("initializer_range", 0.02),
     )
 
 
-def _llama_like(values: _Values, kind: str, name: str) -> ModelConfig:
+def _llama_like(values: Values, kind: str, name: str) -> ModelConfig:
     values.must_be("hidden_act", ("silu",), "silu")
-    dim, heads, layers = (
-        values.need(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
+    dim, heads, layers = map(values.size, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     rope = _rope(values, default_theta=2e6 if kind == "smollm3" else 1e4)
     biased = kind != "mistral" and values.get("attention_bias", bool, False)
+    kv_heads = values.size("num_key_value_heads", heads)
+    _share(values, "num_attention_heads", heads, "num_key_value_heads", kv_heads)
     return ModelConfig(
         name=name,
-        vocab_size=values.need("vocab_size"),
+        vocab_size=values.size("vocab_size"),
         dim=dim,
         layers=layers,
         heads=heads,
-        kv_heads=values.get("num_key_value_heads", int, heads),
-        head_dim=values.get("head_dim", int, 128 if kind == "qwen3" else dim // heads),
-        ffn_dim=values.need("intermediate_size"),
-        max_seq_len=values.need("max_position_embeddings"),
+        kv_heads=kv_heads,
+        head_dim=_head_dim(values, kind, dim, heads),
+        ffn_dim=values.size("intermediate_size"),
+        max_seq_len=values.size("max_position_embeddings"),
         rope_theta=rope["rope_theta"],
         rope_scaling=rope["rope_scaling"],
         nope_every=_nope_every(values, layers) if kind == "smollm3" else 0,
-        norm_eps=values.get("rms_norm_eps", float, 1e-6),
+        norm_eps=values.above_zero("rms_norm_eps", 1e-6),
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or biased,
         out_bias=kind != "qwen2" and biased,
         mlp_bias=kind in ("llama", "smollm3") and values.get("mlp_bias", bool, False),
         tie_embeddings=values.get("tie_word_embeddings", bool, kind == "smollm3"),
         sliding_window=_sliding_window(values, kind, layers),
-        init_std=values.get("initializer_range", float, 0.02),
+        init_std=values.above_zero("initializer_range", 0.02),
     )
 
 
-def _rope(values: _Values, default_theta: float) -> dict[str, Any]:
-    given = values.get("rope_parameters", dict, None) or values.get("rope_scaling", dict, None) or {}
-    theta = given.get("rope_theta") or values.get("rope_theta", float, default_theta)
-    if not isinstance(theta, int | float):
-        raise values.refuse(f"says rope_theta={theta!r}, which is no float; copy it again")
+def _share(values: Values, key: str, whole: int, of: str, parts: int) -> int:
+    """The whole number that each of `parts` has of `whole`."""
+    share, rest = divmod(whole, parts)
+    if rest:
+        raise values.refuse(f"says {key}={whole}, which {of}={parts} does not divide; copy it again")
+    return share
+
+
+def _head_dim(values: Values, kind: str, dim: int, heads: int) -> int:
+    if values.values.get("head_dim") is not None or kind == "qwen3":
+        head_dim, from_keys = values.size("head_dim", 128), "head_dim"
+    else:
+        head_dim = _share(values, "hidden_size", dim, "num_attention_heads", heads)
+        from_keys = "hidden_size / num_attention_heads"
+    if head_dim % 2:
+        raise values.refuse(f"says {from_keys}={head_dim}, and rotary embeddings turn pairs; copy it again")
+    return head_dim
+
+
+def _rope(values: Values, default_theta: float) -> dict[str, Any]:
+    inner = values.inside("rope_parameters")
+    if not inner.values:
+        inner = values.inside("rope_scaling")
+    given = inner.values
+    theta = inner.above_zero("rope_theta", values.above_zero("rope_theta", default_theta))
     kind = given.get("rope_type", given.get("type", "default"))
     share = given.get("partial_rotary_factor", values.values.get("partial_rotary_factor"))
     if share not in (None, 1, 1.0):
         raise values.refuse(f"says partial_rotary_factor={share}; supported is 1.0")
     if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
+        return {"rope_theta": theta, "rope_scaling": None}
     if kind != "llama3":
         raise values.refuse(f"says rope_type={kind!r}; supported is 'default' or 'llama3'")
-    try:
-        scaling = RopeScaling(
-            factor=float(given["factor"]),
-            low_freq_factor=float(given["low_freq_factor"]),
-            high_freq_factor=float(given["high_freq_factor"]),
-            original_max_seq_len=int(given["original_max_position_embeddings"]),
+    low, high = inner.above_zero("low_freq_factor"), inner.above_zero("high_freq_factor")
+    if high <= low:
+        raise values.refuse(
+            f"says high_freq_factor={high}, which must be above low_freq_factor={low}; copy it again"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise values.refuse(f"has a rope_type 'llama3' without {error}; copy it again") from error
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    scaling = RopeScaling(
+        factor=float(inner.number("factor", float, inner.above_zero("factor"), COUNT)),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_seq_len=inner.size("original_max_position_embeddings"),
+    )
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _nope_every(values: _Values, layers: int) -> int:
+def _nope_every(values: Values, layers: int) -> int:
     """SmolLM3's list has a 0 for every layer without RoPE."""
-    every = int(values.get("no_rope_layer_interval", int, 4))
+    every = values.size("no_rope_layer_interval", 4)
     turning = values.get("no_rope_layers", list, None)
     if turning is None:
         return every
+    if any(item not in (0, 1) for item in turning):
+        raise values.wrong("no_rope_layers", turning, "is no list of 0 and 1")
     turning = [bool(item) for item in turning[:layers]]
     if all(turning):
         return 0
@@ -191,13 +176,13 @@ def _nope_every(values: _Values, layers: int) -> int:
     return every
 
 
-def _sliding_window(values: _Values, kind: str, layers: int) -> int | None:
+def _sliding_window(values: Values, kind: str, layers: int) -> int | None:
     """Qwen and SmolLM3 switch it by layer; all layers alike is supported."""
-    window: int | None = values.get("sliding_window", int, None)
+    if kind == "llama" or (kind != "mistral" and not values.get("use_sliding_window", bool, False)):
+        return None
+    window: int | None = values.number("sliding_window", int, None, COUNT)
     if "sliding_window" not in values.values:
         window = 4096  # what transformers takes where it is not said
-    if kind == "llama" or (kind != "mistral" and not values.get("use_sliding_window", bool, False)):
-        window = None
     if window is None:
         return None
     if kind == "mistral":
@@ -205,7 +190,7 @@ def _sliding_window(values: _Values, kind: str, layers: int) -> int | None:
     types = values.get("layer_types", list, None)
     if types is None and kind == "smollm3":
         raise values.refuse("says use_sliding_window=true, which is not supported with layers without RoPE")
-    first = int(values.get("max_window_layers", int, 28))
+    first = int(values.number("max_window_layers", int, 28, ZERO_OR_MORE))
     sliding = (
         [layer >= first for layer in range(layers)]
         if types is None

@@ -1,6 +1,6 @@
 """What no single key can say: ranges, and whether keys and data fit together.
 
-Runs on a laptop before anything is allocated: no torch, and of the data only manifests and files' sizes are read.
+Runs on a laptop before anything is allocated: no torch, and of the data no token is read.
 """
 
 import math
@@ -14,6 +14,7 @@ from drivetrain.conf.check_data import data_problems
 from drivetrain.conf.compose import flatten
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.conf.grpo import grpo_problems
+from drivetrain.conf.head_dim import head_dim_problem
 from drivetrain.conf.hf_config import differences
 from drivetrain.conf.hf_tensors import tensors_of
 from drivetrain.conf.lora import lora_problems
@@ -233,12 +234,8 @@ def _kernels(config: RunConfig) -> Iterator[str]:
     fp32 = config.engine.precision is Precision.fp32
     if fp32 and kernels is Kernels.flash_attn:
         yield "kernels=flash_attn takes bf16, not engine.precision=fp32; use kernels=triton or kernels=sdpa"
-    largest = 128 if fp32 else 256  # kernels/attention_triton.py
-    if head_dim > largest or head_dim % 8:
-        yield (
-            f"kernels={kernels.name} takes a model.head_dim that is a multiple of 8 up to {largest} in "
-            f"{config.engine.precision.value}, not {head_dim}; use kernels=sdpa"
-        )
+    if problem := head_dim_problem(head_dim, config.engine.precision):
+        yield f"kernels={kernels.name} {problem}"
 
 
 def _near_multiples(value: int, unit: int) -> str:

@@ -19,6 +19,8 @@ class Batch:
         loss_weights_T: fp32; 0 where there is nothing to predict (a document's last token).
         cu_seqlens: int32 [documents + 1], cumulative document lengths.
         max_seqlen: the longest document; row_len: divides T, and no document crosses a multiple of it.
+        branches_2T: int32, None where no document branches: the first token of each token's branch, and one past
+            the last token of the beginning that all branches of its document see (kernels/attention.py).
         digest: sum modulo 2^64 of a hash of each window, so that it does not depend on order or ranks.
 
     Reinforcement learning alone, fp32 at the places that predict a completion's tokens and 0 elsewhere:
@@ -35,6 +37,7 @@ class Batch:
     max_seqlen: int
     row_len: int
     digest: int = 0
+    branches_2T: Tensor | None = None
     token_weights_T: Tensor | None = None
     advantages_T: Tensor | None = None
     behaviour_logprobs_T: Tensor | None = None

@@ -19,21 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drivetrain.conf.errors import ConfigError, DataError
+from drivetrain.conf.units import human_bytes
 from drivetrain.data import tokenizer as tokenizers_of
 from drivetrain.data.conversations import ConversationReader
 from drivetrain.data.encode import Encoded, Task, batched, encode_all
 from drivetrain.data.pairs import PairReader
 from drivetrain.data.readers import Reader, Records
-from drivetrain.data.shards import (
-    HELD_OUT,
-    MANIFEST,
-    TRAIN,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    dtype_for,
-    sync_directory,
-)
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import HELD_OUT, MANIFEST, TRAIN, Manifest, ShardInfo, dtype_for, sync_directory
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -57,9 +50,10 @@ def build(
 ) -> Manifest:
     """Tokenise documents into `out`: shards of at most `shard_tokens` tokens, a manifest, the tokenizer.
 
-    Every document ends with the tokenizer's end-of-text token, and nothing written in a text becomes a
-    control token. A document is held out where the hash of its text falls under the share `held_out`, so that
-    equal texts are always on the same side. The bytes are the same for any number of workers (0: one a core).
+    Every document begins with the token that the tokenizer puts before a text, where it puts one, and ends with
+    its end-of-text token. Nothing written in a text becomes a control token. A document is held out where the hash
+    of its text falls under the share `held_out`, so that equal texts are always on the same side. The bytes are
+    the same for any number of workers (0: one a core).
 
     With `chat` a document is a conversation, rendered with the tokenizer's chat template, ended as that ends it,
     and with a weight for each token; it is held out by what comes before its first answer. With `pairs` a document
@@ -85,10 +79,13 @@ def build(
     else:
         reader = Reader(inputs, text_key=text_key, strict=strict)
     size, eos = tokenizers_of.vocab_size(tokenizer), tokenizers_of.eos_id(tokenizer)
+    bos = None if chat or pairs else tokenizers_of.bos_id(tokenizer)  # a chat template writes its own
+    bos = None if bos == eos else bos  # documents are cut after it
     manifest = Manifest(
         dtype=dtype_for(size),
         vocab_size=size,
         eos_id=eos,
+        bos_id=bos,
         tokenizer_hash=tokenizers_of.tokenizer_hash(tokenizer),
         shards=[],
         source=[str(path) for path in inputs],
@@ -96,7 +93,7 @@ def build(
         held_out=held_out,
         pairs=pairs,
     )
-    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out, chat, pairs)
+    task = Task(tokenizer.absolute(), manifest.dtype, eos, held_out, chat, pairs, bos)
     with _unfinished(out, overwrite) as directory:
         batches = encode_all(batched(reader), task, workers or _cores())
         with contextlib.closing(batches), _Bar(reader, enabled=progress) as bar:
@@ -247,7 +244,7 @@ def _unfinished(out: Path, overwrite: bool) -> Iterator[Path]:
                 raise
             written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
             raise DataError(
-                f"no room left for {out} after {written / 1e6:.1f} MB ({error.strerror}); free some, or give "
+                f"no room left for {out} after {human_bytes(written)} ({error.strerror}); free some, or give "
                 "an --out on another disk"
             ) from error
         finally:

@@ -191,7 +191,7 @@ def _part(part: Any, number: int) -> str:
     text = part.get("text") if isinstance(part, dict) else None
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise Unusable(f"message {number} has a part of type {kind!r}; text alone can be learned")
+        raise Unusable(f"message {number} has a part of type {kind!r}; only text can be read")
     return text
 
 

@@ -52,7 +52,11 @@ class Encoded:
 
 @dataclass(slots=True, frozen=True)
 class Task:
-    """What a worker needs to know; held_out is the share of documents."""
+    """What a worker needs to know.
+
+    Attributes:
+        held_out: the share of documents. bos_id: what every text begins with, if anything.
+    """
 
     tokenizer: Path
     dtype: str
@@ -60,6 +64,7 @@ class Task:
     held_out: float
     chat: bool = False
     pairs: bool = False
+    bos_id: int | None = None
 
     def is_held_out(self, raw: bytes) -> bool:
         return xxhash.xxh3_64_intdigest(raw) < int(self.held_out * 2**64)
@@ -80,16 +85,18 @@ def batched(texts: Iterable[S]) -> Iterator[list[S]]:
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, task: Task) -> Encoded:
-    """Tokenise a batch; every document ends with the end-of-text token."""
+    """Tokenise a batch; every document ends with the end-of-text token, and begins with the task's `bos_id`."""
     rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     raw = [text.encode("utf-8") for text in texts]
-    lengths = np.fromiter((len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
+    begin = [] if task.bos_id is None else [task.bos_id]
+    lengths = np.fromiter((len(begin) + len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
     tokens = np.empty(int(lengths.sum()), dtype=DTYPES[task.dtype])
     start = 0
-    for row in rows:
-        tokens[start : start + len(row)] = row
-        tokens[start + len(row)] = task.eos_id
-        start += len(row) + 1
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        tokens[start : start + len(begin)] = begin
+        tokens[start + len(begin) : start + length - 1] = row
+        tokens[start + length - 1] = task.eos_id
+        start += length
     held_out = np.array([task.is_held_out(text) for text in raw], dtype=bool)
     return Encoded(tokens, lengths, held_out, np.array([len(text) for text in raw], dtype=np.int64))
 

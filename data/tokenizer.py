@@ -5,6 +5,7 @@ A directory holds `tokenizer.json` (the `tokenizers` library's format) beside `t
 """
 
 import importlib.resources
+import itertools
 import json
 import os
 import shutil
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from drivetrain.conf.errors import ConfigError, DataError
+from drivetrain.conf.tokenizer_file import TOKENIZER, tokenizer_definition, tokenizer_path
+from drivetrain.conf.tokenizer_file import tokenizer_hash as tokenizer_hash
 from drivetrain.data.readers import Reader
 from drivetrain.data.shards import hash_file, sync_directory
 
@@ -122,7 +124,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         ConfigError: the directory is missing, or holds no readable `tokenizer.json`.
     """
-    path = _file(directory)
+    path = tokenizer_path(directory)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -139,7 +141,7 @@ def load_text_tokenizer(directory: Path) -> Tokenizer:
         ConfigError: as `load_tokenizer`.
     """
     load_tokenizer(directory)  # refuses what is no tokenizer
-    definition = _definition(directory)
+    definition = tokenizer_definition(directory)
     for token in _control_tokens(definition):
         token["special"] = True  # what encode_special_tokens, below, goes by
     definition.update(truncation=None, padding=None, post_processor=None)
@@ -157,7 +159,7 @@ def load_template_tokenizer(directory: Path) -> Tokenizer:
         ConfigError: as `load_tokenizer`.
     """
     load_tokenizer(directory)
-    definition = _definition(directory)
+    definition = tokenizer_definition(directory)
     definition.update(truncation=None, padding=None, post_processor=None)
     return Tokenizer.from_str(json.dumps(definition, ensure_ascii=False))
 
@@ -186,7 +188,7 @@ def chat_templates(directory: Path) -> dict[str, str]:
 def require_chat_template(directory: Path) -> None:
     """Raise ConfigError where there is none, or no tokenizer at all."""
     if not chat_templates(directory):
-        _file(directory)
+        tokenizer_path(directory)
         raise ConfigError(
             f"the tokenizer in {directory} has no chat template; add {CHAT_TEMPLATE} to it, or use the tokenizer "
             "of a chat model"
@@ -218,28 +220,6 @@ def _settings(directory: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _file(directory: Path) -> Path:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        what = "holds no tokenizer.json" if directory.is_dir() else "does not exist"
-        raise ConfigError(
-            f"the tokenizer directory {directory} {what}; make one with `drivetrain tokenizer train` or "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    return path
-
-
-def _definition(directory: Path) -> dict[str, Any]:
-    path = _file(directory)
-    try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(definition["model"], dict) or not isinstance(definition["added_tokens"], list):
-            raise ValueError("no tokenizer in it")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a tokenizer ({error}); copy or train it again") from error
-    return definition
-
-
 def _control_tokens(definition: dict[str, Any]) -> list[dict[str, Any]]:
     """Added tokens that only a template may write.
 
@@ -257,18 +237,6 @@ def _control_tokens(definition: dict[str, Any]) -> list[dict[str, Any]]:
             and token["content"] not in vocab
         )
     ]
-
-
-def tokenizer_hash(directory: Path) -> str:
-    """xxh3_128 of what the tokenizer makes of a text, 32 hex digits.
-
-    Formatting, truncation and padding don't count, nor does the post-processor: shards are built without it, and
-    transformers writes an idle one when it saves a tokenizer that has none.
-    """
-    definition = _definition(directory)
-    definition.update(truncation=None, padding=None, post_processor=None)
-    canonical = json.dumps(definition, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass"))
 
 
 def vocab_size(directory: Path) -> int:
@@ -301,6 +269,60 @@ def eos_id(directory: Path) -> int:
     )
 
 
+def bos_id(directory: Path) -> int | None:
+    """The token that a text begins with, as transformers encodes it; None where it adds none.
+
+    What the post-processor of `tokenizer.json` puts before a text; where it puts nothing, `bos_token` if
+    `tokenizer_config.json` says `add_bos_token: true`.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read, puts several tokens before a text, or names a bos_token that it
+            has not.
+    """
+    before = _put_before(tokenizer_definition(directory).get("post_processor"))
+    if len(before) > 1:
+        raise ConfigError(
+            f"{directory / TOKENIZER} puts {len(before)} tokens before a text, {before}, and one is supported; "
+            "leave one in its post_processor"
+        )
+    if before:
+        return before[0]
+    if _settings(directory, "tokenizer_config.json").get("add_bos_token") is not True:
+        return None
+    named = special_tokens(directory).get("bos_token", "")
+    found = load_tokenizer(directory).token_to_id(named)
+    if found is None:
+        raise ConfigError(
+            f"{directory / 'tokenizer_config.json'} says add_bos_token and bos_token {named!r}, which {TOKENIZER} "
+            "does not have; correct it"
+        )
+    return found
+
+
+def _put_before(processor: Any) -> list[int]:
+    """Ids that a post-processor puts before a text; its kinds are those of the `tokenizers` library."""
+    match processor:
+        case {"type": "Sequence", "processors": [*inner]}:
+            return [token for each in reversed(inner) for token in _put_before(each)]
+        case {"type": "TemplateProcessing", "single": [*pieces], "special_tokens": dict(known)}:
+            specials = itertools.takewhile(lambda piece: "SpecialToken" in piece, pieces)
+            return [token for piece in specials for token in known[piece["SpecialToken"]["id"]]["ids"]]
+        case {"type": "BertProcessing" | "RobertaProcessing", "cls": [str(), int(token)]}:
+            return [token]
+    return []
+
+
+def text_ids(tokenizer: Tokenizer, bos: int | None, text: str) -> list[int]:
+    """A text as documents begin: `bos`, unless there is none or the text spells it, and the text's tokens, special
+    ones included. Nothing is put after it.
+
+    Args:
+        tokenizer: of `load_tokenizer`. bos: of `bos_id`.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
 def copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
     """Copy the files of a tokenizer, and no weights beside them, into a new directory; xxh3_64 by name."""
     target.mkdir()
@@ -324,7 +346,7 @@ def token_byte_lengths(directory: Path) -> np.ndarray:
     Raises:
         ConfigError: the tokenizer is of another kind (WordPiece ...).
     """
-    definition = _definition(directory)
+    definition = tokenizer_definition(directory)
     kinds = _decoder_kinds(definition.get("decoder"))
     if not kinds & {"ByteLevel", "ByteFallback"}:
         raise ConfigError(

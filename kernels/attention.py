@@ -1,6 +1,9 @@
 """Grouped-query attention over packed documents, causal or full.
 
 T tokens · N query heads · K key/value heads (N a multiple of K) · H head dim · R rows of S tokens, T = R·S.
+
+A causal document may branch: after a beginning that all of it sees come branches that do not see each other, as
+several completions of one prompt do (Liu et al. 2025, https://arxiv.org/abs/2506.05433, train GRPO so).
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +32,8 @@ class Documents:
         causal: a token sees none after it. sliding_window: as in `make_documents`, None where no document is
             longer.
         backend: whose parts are there; None for all.
+        branches_2T: as in `make_documents`. shared_4T: for triton, what `seen_4T` is, of beginnings alone;
+            `seen_4T` then holds what a token sees of its own branch.
     """
 
     cu_seqlens: Tensor
@@ -39,6 +44,8 @@ class Documents:
     causal: bool = True
     sliding_window: int | None = None
     backend: str | None = None
+    branches_2T: Tensor | None = None
+    shared_4T: Tensor | None = None
 
     def with_bias(self, dtype: torch.dtype) -> "Documents":
         """The mask as a bias of the compute dtype, made once for all layers; torch would make one in each."""
@@ -75,6 +82,7 @@ def make_documents(
     *,
     causal: bool = True,
     backend: str | None = None,
+    branches_2T: Tensor | None = None,
 ) -> Documents:
     """Prepare what every layer of one forward pass shares, without waiting for the device.
 
@@ -88,27 +96,54 @@ def make_documents(
         causal: whether a token sees none after it.
         backend: the one that attention will run on, so that no other's parts are made: sdpa's mask has T x row_len
             entries.
+        branches_2T: int32, the first token of each token's branch and one past the last token of the beginning that
+            the branch shares with others; both are the document's first token where it does not branch, and in its
+            beginning.
+
+    Raises:
+        ValueError: branches with a sliding window, or without `causal`.
     """
     window = _window_that_matters(sliding_window, max_seqlen)
+    if branches_2T is not None and (window is not None or not causal):
+        raise ValueError(
+            "documents that branch are causal and have no sliding window; give each branch its own"
+        )
     index_T = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
     past_T = torch.bucketize(index_T, cu_seqlens, right=True, out_int32=True)
     mask_R1SS = seen_4T = None
     if backend in (None, "sdpa"):
-        mask_R1SS = _mask(cu_seqlens, past_T.view(-1, row_len), window, causal)
+        mask_R1SS = _mask(cu_seqlens, past_T.view(-1, row_len), window, causal, branches_2T)
     if backend in (None, "triton"):
         seen_4T = _intervals(index_T, cu_seqlens[past_T - 1], cu_seqlens[past_T], window, causal)
-    return Documents(cu_seqlens, max_seqlen, row_len, mask_R1SS, seen_4T, causal, window, backend)
+    shared_4T = None
+    if branches_2T is not None and seen_4T is not None:
+        seen_4T, shared_4T = _branch_intervals(
+            index_T, branches_2T, cu_seqlens[past_T - 1], cu_seqlens[past_T]
+        )
+    parts = mask_R1SS, seen_4T, causal, window, backend, branches_2T, shared_4T
+    return Documents(cu_seqlens, max_seqlen, row_len, *parts)
 
 
-def _mask(cu_seqlens: Tensor, document_RS: Tensor, window: int | None, causal: bool) -> Tensor | None:
+def _mask(
+    cu_seqlens: Tensor, document_RS: Tensor, window: int | None, causal: bool, branches_2T: Tensor | None
+) -> Tensor | None:
     rows, row_len = document_RS.shape
     # As many documents as rows, and none crosses a row: every row is one document.
-    if window is None and cu_seqlens.shape[0] - 1 == rows:
+    if window is None and cu_seqlens.shape[0] - 1 == rows and branches_2T is None:
         return None
     place_S = torch.arange(row_len, device=cu_seqlens.device)
     age_SS = place_S[:, None] - place_S[None, :]
-    near_SS = _near(age_SS, window, causal)
-    return ((document_RS[:, :, None] == document_RS[:, None, :]) & near_SS).unsqueeze(1)
+    near_RSS = _near(age_SS, window, causal)
+    if branches_2T is not None:
+        key_R1S = torch.arange(document_RS.numel(), device=cu_seqlens.device).view(rows, 1, row_len)
+        near_RSS = near_RSS & _same_branch(key_R1S, branches_2T.view(2, rows, row_len, 1))
+    return ((document_RS[:, :, None] == document_RS[:, None, :]) & near_RSS).unsqueeze(1)
+
+
+def _same_branch(key: Tensor, branches_2: Tensor) -> Tensor:
+    """Whether a key lies in a query's own branch or in the beginning that it shares; the second is of queries."""
+    first, shared_end = branches_2
+    return (key >= first) | (key < shared_end)
 
 
 def _near(age: Tensor, window: int | None, causal: bool) -> Tensor:
@@ -126,6 +161,24 @@ def _intervals(index_T: Tensor, start_T: Tensor, end_T: Tensor, window: int | No
     if causal:
         return torch.stack([near_start_T, index_T + 1, index_T, near_end_T])
     return torch.stack([near_start_T, near_end_T, near_start_T, near_end_T])
+
+
+def _branch_intervals(
+    index_T: Tensor, branches_2T: Tensor, start_T: Tensor, end_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Documents.seen_4T` and `shared_4T`; a token of a beginning shares nothing more, and a branch's token is
+    shared by none: intervals of length 0."""
+    first_T, shared_end_T = branches_2T
+    T = index_T.shape[0]
+    # The next token that is the first of its branch: the smallest such index from the next token on.
+    begins_T = torch.where(first_T == index_T, index_T, T)
+    after_T = torch.cat([begins_T[1:], begins_T.new_full((1,), T)])
+    branch_end_T = after_T.flip(0).cummin(0).values.flip(0)
+    seen_4T = torch.stack([first_T, index_T + 1, index_T, branch_end_T])
+    document_shares_T = shared_end_T[(end_T - 1).long()]
+    first_query_T = torch.where(index_T < document_shares_T, document_shares_T, end_T)
+    shared_4T = torch.stack([start_T, shared_end_T, first_query_T, end_T])
+    return seen_4T.to(torch.int32), shared_4T.to(torch.int32)
 
 
 def attention_ref_with_lse(
@@ -147,6 +200,8 @@ def attention_ref_with_lse(
     document_T = torch.bucketize(index_T, documents.cu_seqlens, right=True)
     near_TT = _near(index_T[:, None] - index_T[None, :], sliding_window, causal)
     seen_TT = (document_T[:, None] == document_T[None, :]) & near_TT
+    if documents.branches_2T is not None:
+        seen_TT = seen_TT & _same_branch(index_T[None, :], documents.branches_2T[:, :, None])
     scores_NTT = torch.einsum("tnh,snh->nts", q_TNH.to(wide), k_TNH) * _scale(scale, H)
     scores_NTT = scores_NTT.masked_fill(~seen_TT, float("-inf"))
     out_TNH = torch.einsum("nts,snh->tnh", scores_NTT.softmax(dim=-1), v_TNH).to(q_TNH.dtype)
@@ -230,7 +285,9 @@ def attention_triton_with_lse(
             f"attention=triton needs documents of {q_TNH.shape[0]} tokens from make_documents, these have "
             f"{'no intervals' if seen_4T is None else f'{seen_4T.shape[1]} tokens'}"
         )
-    return interval_attention(q_TNH, k_TKH, v_TKH, seen_4T, _scale(scale, q_TNH.shape[2]))
+    return interval_attention(
+        q_TNH, k_TKH, v_TKH, seen_4T, _scale(scale, q_TNH.shape[2]), documents.shared_4T
+    )
 
 
 def attention_triton(
@@ -258,7 +315,7 @@ def attention_flash_attn(
     """FlashAttention-2 of the flash-attn package: bf16 and fp16, on a GPU. Arguments as in `attention_ref`.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: the package is not installed, or documents branch.
     """
     try:
         from flash_attn import flash_attn_varlen_func
@@ -266,6 +323,10 @@ def attention_flash_attn(
         raise ValueError(
             "attention=flash_attn needs the flash-attn package: pip install 'drivetrain[flash]'"
         ) from error
+    if documents.branches_2T is not None:
+        raise ValueError(
+            "attention=flash_attn takes no documents that branch; give each branch its own document"
+        )
     reach = -1 if sliding_window is None else sliding_window - 1  # keys before a query, -1 for all
     out_TNH: Tensor = flash_attn_varlen_func(
         q_TNH,

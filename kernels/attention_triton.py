@@ -355,8 +355,59 @@ def _differentiate(ctx: Any, grad_TNH: Tensor, _: Any) -> tuple[Tensor | None, .
 _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
+@kernel_op("attention_two")
+def _attention_two(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, seen_4T: Tensor, more_4T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Over two intervals that share no key, of which the second may be empty: a mean of the two results, each with
+    the share of the exponentials that its interval has."""
+    own_TNH, own_NT = _attention(q_TNH, k_TKH, v_TKH, seen_4T, scale)
+    more_TNH, more_NT = _attention(q_TNH, k_TKH, v_TKH, more_4T, scale)
+    empty_T = more_4T[0] == more_4T[1]
+    more_NT = more_NT.masked_fill(empty_T, float("-inf"))
+    lse_NT = torch.logaddexp(own_NT, more_NT)
+    share_TN1 = (more_NT - lse_NT).exp().T.unsqueeze(-1)
+    more_TNH = more_TNH.float().masked_fill(empty_T[:, None, None], 0.0)
+    return torch.lerp(own_TNH.float(), more_TNH, share_TN1).to(q_TNH.dtype), lse_NT
+
+
+@_attention_two.register_fake
+def _(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, seen_4T: Tensor, more_4T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    T, N, H = q_TNH.shape
+    return q_TNH.new_empty(T, N, H), q_TNH.new_empty(N, T, dtype=torch.float32)
+
+
+def _keep_two(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate_two(ctx: Any, grad_TNH: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """With the result and the log-sum-exp over both, either interval's part of the gradients is what the kernels
+    compute of it alone."""
+    q_TNH, k_TKH, v_TKH, seen_4T, more_4T, out_TNH, lse_NT = ctx.saved_tensors
+    both = [
+        _attention_backward(q_TNH, k_TKH, v_TKH, each_4T, out_TNH, lse_NT, grad_TNH.contiguous(), ctx.scale)
+        for each_4T in (seen_4T, more_4T)
+    ]
+    return *(own + more for own, more in zip(*both, strict=True)), None, None, None
+
+
+_attention_two.register_autograd(_differentiate_two, setup_context=_keep_two)
+
+
 def interval_attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, seen_4T: Tensor, scale: float
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    seen_4T: Tensor,
+    scale: float,
+    more_4T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v of each query over its interval of keys.
 
@@ -365,6 +416,7 @@ def interval_attention(
             N. fp32, bf16 or fp16, all the same; any strides (a last dimension that is not contiguous costs a copy).
         seen_4T: int32 [4, T], see the top of this file; every query sees at least one key.
         scale: positive.
+        more_4T: a second interval of each query, of keys that its first does not have; it may be empty.
 
     Returns:
         [T, N, H] in the inputs' dtype and, without a gradient, the natural log-sum-exp of the scores, fp32 [N, T].
@@ -384,6 +436,8 @@ def interval_attention(
         )
     if not scale > 0:
         raise ValueError(f"attention=triton needs a positive softmax scale, this is {scale}")
+    if more_4T is not None:
+        return _attention_two(q_TNH, k_TKH, v_TKH, seen_4T, more_4T, float(scale))
     return _attention(q_TNH, k_TKH, v_TKH, seen_4T, float(scale))
 
 

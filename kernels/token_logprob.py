@@ -139,7 +139,8 @@ class _ChunkedLogprob(torch.autograd.Function):
         kept_T += [grad_logprob_T, grad_entropy_T]
         temperature, softcap = ctx.options
         chunks = _Chunks(hidden_TD, weight_VD)
-        gradients = Gradients(hidden_TD, weight_VD, CHUNK_TOKENS, chunks.spare)
+        of_weight = ctx.needs_input_grad[1]
+        gradients = Gradients(hidden_TD, weight_VD, CHUNK_TOKENS, chunks.spare, of_weight)
         for start, logits_CV in chunks.logits():
             for rows, part_CV, wide_CV in chunks.tiles(start, logits_CV):
                 kept_C = tuple(part[rows] for part in kept_T)
@@ -147,7 +148,8 @@ class _ChunkedLogprob(torch.autograd.Function):
                 if wide_CV is not part_CV:
                     part_CV.copy_(wide_CV)
             gradients.add(start, logits_CV)
-        return *gradients.result(), None, None, None
+        grad_hidden_TD, grad_weight_VD = gradients.result()
+        return grad_hidden_TD, grad_weight_VD if of_weight else None, None, None, None
 
 
 def token_logprob_chunked(
@@ -275,11 +277,12 @@ def _token_logprob_backward(
     grad_entropy_T: Tensor,
     temperature: float,
     softcap: float,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     chunk = chunk_tokens(T, V, D, hidden_TD.element_size())
     logits_CV = buffer_CV = logits_buffer(hidden_TD, weight_VD, chunk)
-    gradients = Gradients(hidden_TD, weight_VD, chunk)
+    gradients = Gradients(hidden_TD, weight_VD, chunk, of_weight=of_weight)
     for start in range(0, T, chunk):
         rows = slice(start, min(start + chunk, T))
         logits_CV = torch.mm(hidden_TD[rows], weight_VD.T, out=buffer_CV[: rows.stop - start])
@@ -310,8 +313,9 @@ def _(hidden_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_token_logprob_backward.register_fake
-def _(hidden_TD: Tensor, weight_VD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return hidden_TD.new_empty(hidden_TD.shape), weight_VD.new_empty(weight_VD.shape)
+def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    of_weight = rest[-1]
+    return hidden_TD.new_empty(hidden_TD.shape), weight_VD.new_empty(weight_VD.shape if of_weight else (0,))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -325,7 +329,11 @@ def _differentiate(
     ctx: Any, grad_logprob_T: Tensor, grad_entropy_T: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
     grads_T = grad_logprob_T.contiguous(), grad_entropy_T.contiguous()
-    return *_token_logprob_backward(*ctx.saved_tensors, *grads_T, *ctx.options), None, None, None
+    of_weight = ctx.needs_input_grad[1]
+    grad_hidden_TD, grad_weight_VD = _token_logprob_backward(
+        *ctx.saved_tensors, *grads_T, *ctx.options, of_weight
+    )
+    return grad_hidden_TD, grad_weight_VD if of_weight else None, None, None, None
 
 
 _token_logprob.register_autograd(_differentiate, setup_context=_keep)

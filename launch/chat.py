@@ -18,11 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.source import tokenizer_of
 from drivetrain.data.readers import Unusable
 from drivetrain.data.tokenizer import require_chat_template
-from drivetrain.launch.prompts import Prompts
+from drivetrain.launch import output
 from drivetrain.model.draw import Sampling
+from drivetrain.model.generate import TooLong
 from drivetrain.train.serve import OpenModel, Sampler, open_model
 
 Message = dict[str, Any]
@@ -49,14 +51,18 @@ def chat(source: Path, sampling: Sampling, system: str | None, fixes: Path) -> N
     """Talk until the input ends.
 
     Raises:
-        ConfigError: SOURCE cannot be opened, or its tokenizer has no chat template.
+        ConfigError: SOURCE cannot be opened, its tokenizer has no chat template, or the system text is no text to
+            give it. DrivetrainError: the weights are broken, or standard output cannot be written.
     """
     tokenizer = tokenizer_of(source)
     if tokenizer is not None:
         require_chat_template(tokenizer)  # before the weights are read
     session = Session(open_model(source), sampling, fixes)
     if system:
-        session.command("system", system)
+        try:
+            session.command("system", system)
+        except Unusable as error:
+            raise ConfigError(f"--system: {error}") from error
     session.run()
 
 
@@ -69,7 +75,7 @@ class Session:
     """
 
     def __init__(self, opened: OpenModel, sampling: Sampling, fixes: Path) -> None:
-        self.sampler, self.prompts = Sampler(opened, max_batch=1), Prompts(opened)
+        self.sampler, self.prompts = Sampler(opened, max_batch=1), opened.prompts()
         self.sampling, self.fixes = sampling, fixes
         self.system = ""
         self.turns: list[Message] = []  # of the person and the model, in turn
@@ -135,11 +141,12 @@ class Session:
         question = {"role": "user", "content": text}
         sampling = dataclasses.replace(self.sampling, seed=(self.sampling.seed + self.answers) % (1 << 63))
         request = self.prompts.answered([*self.messages, question], sampling)
-        most = self.sampler.opened.cfg.max_seq_len - 1
-        if (length := len(request.prompt)) > most:
+        try:
+            self.sampler.generator.check(request)
+        except TooLong as error:
             raise Unusable(
-                f"the conversation is {length} tokens long and the model takes {most}; /undo or /reset"
-            )
+                f"the conversation is {error.length} tokens long and the model takes {error.most}; /undo or /reset"
+            ) from error
         self.answers += 1
         parts: list[str] = []
         reason = None
@@ -201,8 +208,7 @@ def say(text: str) -> None:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    output.write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
 
 
 def read_message() -> str | None:

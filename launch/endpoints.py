@@ -7,7 +7,8 @@ writes. A client that goes away takes its request with it.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,18 +19,12 @@ from starlette.types import Receive, Scope, Send
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.data.readers import Unusable
-from drivetrain.launch.openai_api import (
-    ApiError,
-    ChatBody,
-    ChatResponse,
-    Response,
-    TextBody,
-    TextResponse,
-    parse,
-)
-from drivetrain.launch.prompts import Prompts
+from drivetrain.data.tokenizer import chat_templates
+from drivetrain.launch.openai_answers import ChatResponse, Echo, Response, TextResponse
+from drivetrain.launch.openai_api import ApiError, ChatBody, TextBody, parse
 from drivetrain.launch.worker import Busy, Order, StepError, Worker
 from drivetrain.model.generate import Request
+from drivetrain.train.echo import prompt_logprobs
 from drivetrain.train.serve import Sampler
 
 MAX_BODY_BYTES = 8 << 20  # text of some two million tokens
@@ -59,11 +54,16 @@ class Serving:
         name: that clients know the model by.
         max_waiting: requests without a first token at one time; more are answered with 429.
         max_tokens: of an answer in a chat whose request does not say.
+
+    Raises:
+        ConfigError: the tokenizer's chat template refuses a question and its answer.
     """
 
     def __init__(self, sampler: Sampler, name: str, max_waiting: int, max_tokens: int) -> None:
         self.sampler, self.name, self.max_tokens = sampler, name, max_tokens
-        self.prompts = Prompts(sampler.opened)
+        self.prompts = sampler.prompts
+        if chat_templates(self.prompts.directory):
+            self.prompts.require_chat()
         self.worker = Worker(sampler.generator, max_waiting)
         self.created = int(time.time())
 
@@ -71,8 +71,11 @@ class Serving:
         body = parse(await read_body(http), ChatBody)
         self._check_model(body.model)
         sampling = body.sampling(self.max_tokens)
-        request = await _in_thread(self.prompts.answered, body.messages, sampling, body.n)
-        response = ChatResponse(self.name, [request], self.sampler.tokenizer, body.with_logprobs)
+        tools = body.callable_tools
+        request = await _in_thread(self.prompts.answered, body.messages, sampling, body.n, tools)
+        response = ChatResponse(
+            self.name, [request], self.sampler.tokenizer, body.with_logprobs, with_calls=bool(tools)
+        )
         return await self._respond(http, body, response)
 
     async def completions(self, http: HttpRequest) -> HttpResponse:
@@ -83,10 +86,34 @@ class Serving:
         def requests() -> list[Request]:
             return [self.prompts.continued(prompt, sampling, body.n) for prompt in body.prompt]
 
+        asked = await _in_thread(requests)
         response = TextResponse(
-            self.name, await _in_thread(requests), self.sampler.tokenizer, body.with_logprobs
+            self.name,
+            asked,
+            self.sampler.tokenizer,
+            body.with_logprobs,
+            await self._echoes(body, asked) if body.echo else (),
+            with_top=body.logprobs == 1,
         )
-        return await self._respond(http, body, response)
+        return (
+            JSONResponse(response.whole()) if body.nothing_new else await self._respond(http, body, response)
+        )
+
+    async def _echoes(self, body: TextBody, requests: Sequence[Request]) -> list[Echo]:
+        """The prompts, and if they are asked for the log-probabilities of their tokens."""
+        opened, generator = self.sampler.opened, self.sampler.generator
+        found = []
+        with self._refusals(requests):
+            for request in requests:
+                generator.check(request)
+            for given, request in zip(body.prompt, requests, strict=True):
+                tokens, scores = list(request.prompt), None
+                if body.with_logprobs:
+                    work = partial(prompt_logprobs, opened, tokens, generator.vocab_size)
+                    scores = await self.worker.run(work)
+                text = given if isinstance(given, str) else opened.tokenizer.decode(tokens)
+                found.append(Echo(text, tokens, scores))
+        return found
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
@@ -117,20 +144,22 @@ class Serving:
     async def _respond(
         self, http: HttpRequest, body: ChatBody | TextBody, response: Response
     ) -> HttpResponse:
-        order = await self._submit(response.requests)
+        with self._refusals(response.requests):
+            order = await self.worker.submit(response.requests)
         release = partial(self.worker.release, order)
         if body.stream:
             return EventStream(_events(order, response, body.stream_options.include_usage), release)
         try:
-            if await _unless_gone(http, _filled(order, response)):
-                return JSONResponse(response.whole())
-            return HttpResponse(status_code=499)  # nginx's for a client that closed; nobody reads it
-        except StepError as error:
-            raise ApiError(500, str(error)) from error
+            with self._refusals(response.requests):
+                stayed = await _unless_gone(http, _filled(order, response))
+            # nginx's status for a client that closed; nobody reads it.
+            return JSONResponse(response.whole()) if stayed else HttpResponse(status_code=499)
         finally:
             release()
 
-    async def _submit(self, requests: Sequence[Request]) -> Order:
+    @contextmanager
+    def _refusals(self, requests: Sequence[Request]) -> Iterator[None]:
+        """What the worker and the generator say of requests, as clients are told it."""
         if not self.worker.alive:
             raise ApiError(503, "the model's thread has ended; start the server again")
         most = self.worker.max_waiting
@@ -139,11 +168,13 @@ class Serving:
                 400, f"{len(requests)} prompts at once are too many; send at most {most}", "prompt"
             )
         try:
-            return await self.worker.submit(requests)
+            yield
         except Busy as error:
             raise ApiError(
                 429, f"{most} requests wait already; try again later", code="busy", retry=True
             ) from error
+        except StepError as error:
+            raise ApiError(500, str(error)) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
 

@@ -1,13 +1,13 @@
 """`drivetrain eval`: what is measured, in which order, and how it is shown."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,15 +28,14 @@ from drivetrain.train.evaluation.loss import (
     shards_of,
 )
 from drivetrain.train.evaluation.memorisation import Probe, memorisation
+from drivetrain.train.evaluation.score import DTYPES as DTYPES
 from drivetrain.train.evaluation.score import Advance
-from drivetrain.train.evaluation.tasks import TaskOptions, load_task, run_task
+from drivetrain.train.evaluation.tasks import HARNESS, TaskOptions, load_task, run_task
 from drivetrain.train.serve import Sampler, open_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HARNESS = "lm_eval:"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Rows = list[dict[str, Any]]
 
 
@@ -220,7 +219,9 @@ def _loss_table(data: dict[str, Any]) -> Table:
     rows = [("all" if "sources" in data else next(iter(data["paths"].values())), data)]
     rows += [(data["paths"][name], {**each}) for name, each in data.get("sources", {}).items()]
     for name, each in rows:
-        perplexity = f"{each['perplexity']:,.2f}" if "perplexity" in each else ""
+        perplexity = ""
+        if "perplexity" in each:
+            perplexity = f"{math.inf if each['perplexity'] is None else each['perplexity']:,.2f}"
         table.add_row(Text(name), f"{each['loss']:.4f}", perplexity, f"{each['bits_per_byte']:.4f}")
     return table
 

@@ -11,7 +11,8 @@ import psutil
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import Device, RunConfig, WandbConfig, WandbMode
-from drivetrain.launch.plan import Plan, duration, human_bytes, make_plan
+from drivetrain.conf.units import human_bytes
+from drivetrain.launch.plan import Plan, duration, make_plan
 from drivetrain.model.flops import find_gpu
 
 # Without one of these no GPU can be opened: NVIDIA's, Windows' for Linux guests, AMD's.

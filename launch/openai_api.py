@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions: what a client may ask, and what it gets.
+"""OpenAI's completions and chat completions: what a client may ask; launch/openai_answers.py has what it gets.
 
 https://platform.openai.com/docs/api-reference. A request that asks for what is not done here is refused, and not
 answered as if it had not asked.
@@ -6,18 +6,13 @@ answered as if it had not asked.
 
 import json
 import secrets
-import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from tokenizers import Tokenizer
 
 from drivetrain.model.draw import Sampling
-from drivetrain.model.generate import Event, FinishReason, Request
-from drivetrain.train.serve import TextStream
 
 MAX_STOPS = 16
 # Say nothing about the answer.
@@ -28,7 +23,6 @@ HARMLESS = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
-    "parallel_tool_calls",
 }
 # Allowed where they ask for nothing.
 NEUTRAL: dict[str, Sequence[Any]] = {
@@ -37,13 +31,16 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "top_logprobs": (0,),
+}
+NOT_DONE = {
+    "tool_choice": "tool_choice can be none or auto; no call can be forced here",
+    "parallel_tool_calls": "parallel_tool_calls=false is not supported here; leave it out",
 }
 B = TypeVar("B", bound=BaseModel)
 
@@ -100,6 +97,9 @@ class Body(BaseModel, ABC):
     @abstractmethod
     def with_logprobs(self) -> bool: ...
 
+    def _max_tokens(self, default_tokens: int) -> int:
+        return default_tokens if self.max_tokens is None else self.max_tokens
+
     def sampling(self, default_tokens: int) -> Sampling:
         """Without a seed, one that nobody can guess.
 
@@ -110,7 +110,7 @@ class Body(BaseModel, ABC):
             raise ApiError(400, f"stop has {len(self.stop)} texts; give at most {MAX_STOPS}", "stop")
         try:
             return Sampling(
-                max_tokens=default_tokens if self.max_tokens is None else self.max_tokens,
+                max_tokens=self._max_tokens(default_tokens),
                 temperature=self.temperature,
                 top_k=0 if self.top_k == -1 else self.top_k,
                 top_p=self.top_p,
@@ -122,10 +122,37 @@ class Body(BaseModel, ABC):
             raise ApiError(400, str(error)) from error
 
 
+class Function(BaseModel):
+    """`strict` is taken and not kept: no grammar holds the arguments to `parameters`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, exclude=True)
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatBody(Body):
     messages: list[dict[str, Any]]
     logprobs: bool = False
     max_completion_tokens: int | None = None
+    tools: list[Tool] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: Literal[True] = True
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """Those that the model may call, as its chat template gets them."""
+        tools = [] if self.tool_choice == "none" else self.tools
+        return [tool.model_dump(exclude_none=True) for tool in tools]
 
     @property
     def with_logprobs(self) -> bool:
@@ -142,10 +169,33 @@ class ChatBody(Body):
 
 
 class TextBody(Body):
-    """`prompt`: texts or lists of token ids, which a validator makes of one text or list."""
+    """`prompt`: texts or lists of token ids, which a validator makes of one text or list. `echo`: the prompt is a
+    part of the answer, and `max_tokens` may be 0."""
 
     prompt: list[str] | list[list[int]]
-    logprobs: Literal[0] | None = None
+    logprobs: Literal[0, 1] | None = None
+    echo: bool = False
+
+    def sampling(self, default_tokens: int) -> Sampling:
+        """With `max_tokens` 0 as with 1."""
+        if self.nothing_new and self.stream:
+            raise ApiError(400, "with max_tokens=0 there is nothing to stream; leave stream out", "stream")
+        if self.logprobs == 1 and self.temperature != 0 and not self.nothing_new:
+            raise ApiError(
+                400,
+                "the likeliest token is known where temperature is 0; use that, or logprobs=0 for the "
+                "log-probabilities of the tokens that were taken",
+                "logprobs",
+            )
+        return super().sampling(default_tokens)
+
+    def _max_tokens(self, default_tokens: int) -> int:
+        return 1 if self.nothing_new else super()._max_tokens(default_tokens)
+
+    @property
+    def nothing_new(self) -> bool:
+        """Whether the prompt alone is asked about."""
+        return self.echo and self.max_tokens == 0
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -195,151 +245,9 @@ def _as_sentence(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         said = "a text, a list of texts, a list of token ids, or a list of such lists"
         return ApiError(400, f"prompt must be {said}", name)
     if name == "logprobs" and kind is TextBody:
-        said = "the log-probability of each token that was taken is known and no other: use logprobs=0"
+        said = "the log-probabilities of the token that was taken and of the likeliest are known: use 0 or 1"
         return ApiError(400, said, name)
+    if name in NOT_DONE:
+        return ApiError(400, NOT_DONE[name], name, "unsupported")
     said = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg']}"
     return ApiError(400, f"{'.'.join(map(str, first['loc']))} {said}", name)
-
-
-# --- answers ------------------------------------------------------------------------------------------------
-
-
-class Answer:
-    """One choice of a response as it grows. Its last token may be one that ends it, or be part of a stop text."""
-
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.index, self.stream = index, TextStream(tokenizer, stop)
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.offsets: list[int] = []  # length of the text before each token
-
-    def add(self, event: Event) -> str:
-        """The text that this token lets be told."""
-        self.tokens.append(event.token)
-        self.logprobs.append(event.logprob)
-        self.offsets.append(len(self.text))
-        added = self.stream.push(event.token)
-        if event.finish_reason:
-            added += self.stream.finish()
-        self.text += added
-        self.finish_reason = event.finish_reason
-        return added
-
-
-class Response(ABC):
-    """A response to one body: n answers to each of its requests.
-
-    Args:
-        model: the name that it goes under.
-        requests: one a prompt.
-    """
-
-    kind, chunk_kind, prefix = "", "", ""
-
-    def __init__(
-        self, model: str, requests: Sequence[Request], tokenizer: Tokenizer, with_logprobs: bool
-    ) -> None:
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
-        self.requests, self.samples = requests, requests[0].samples
-        self.head = {"id": self.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
-        self.answers = [
-            Answer(place * self.samples + sample, tokenizer, request.sampling.stop)
-            for place, request in enumerate(requests)
-            for sample in range(request.samples)
-        ]
-
-    def add(self, place: int, event: Event) -> dict[str, Any] | None:
-        """One token more; the chunk that tells it, None where there is nothing to tell."""
-        answer = self.answers[place * self.samples + event.sample]
-        added = answer.add(event)
-        if not (added or event.finish_reason or self.with_logprobs):
-            return None
-        found = self.delta(added) | {"logprobs": self.logprobs(answer, len(answer.tokens) - 1)}
-        return self.chunk([{"index": answer.index, "finish_reason": event.finish_reason, **found}])
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.head, "object": self.chunk_kind, "choices": choices}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks before the first token."""
-        return []
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return self.chunk([]) | {"usage": self.usage()}
-
-    def whole(self) -> dict[str, Any]:
-        choices = [
-            {
-                "index": answer.index,
-                "finish_reason": answer.finish_reason,
-                "logprobs": self.logprobs(answer, 0),
-                **self.message(answer.text),
-            }
-            for answer in self.answers
-        ]
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
-
-    def usage(self) -> dict[str, int]:
-        """Tokens; a prompt counts once for all its answers."""
-        read = sum(len(request.prompt) for request in self.requests)
-        written = sum(len(answer.tokens) for answer in self.answers)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-    def logprobs(self, answer: Answer, first: int) -> dict[str, Any] | None:
-        """Of the tokens from `first` on, under the model at temperature 1."""
-        if not self.with_logprobs:
-            return None
-        texts = [self.tokenizer.decode([token], skip_special_tokens=False) for token in answer.tokens[first:]]
-        return self.spelled_logprobs(texts, answer.logprobs[first:], answer.offsets[first:])
-
-    @abstractmethod
-    def delta(self, text: str) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def message(self, text: str) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def spelled_logprobs(
-        self, texts: list[str], logprobs: list[float], offsets: list[int]
-    ) -> dict[str, Any]: ...
-
-
-class ChatResponse(Response):
-    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
-
-    def opening(self) -> list[dict[str, Any]]:
-        first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return [self.chunk([{"index": answer.index, **first}]) for answer in self.answers]
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def spelled_logprobs(self, texts: list[str], logprobs: list[float], offsets: list[int]) -> dict[str, Any]:
-        # `bytes` is null where a token is a part of a character.
-        content = [
-            {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode()),
-                "top_logprobs": [],
-            }
-            for text, logprob in zip(texts, logprobs, strict=True)
-        ]
-        return {"content": content, "refusal": None}
-
-
-class TextResponse(Response):
-    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    message = delta
-
-    def spelled_logprobs(self, texts: list[str], logprobs: list[float], offsets: list[int]) -> dict[str, Any]:
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}

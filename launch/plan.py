@@ -1,6 +1,5 @@
 """`drivetrain plan`: what a job will need and how long it will take, before anything is started."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import Checkpointing, FsdpConfig, Precision, RunConfig, ZeroConfig
+from drivetrain.conf.units import human_bytes
 from drivetrain.model.flops import (
     GPUS,
     ParameterCount,
@@ -28,9 +28,9 @@ from drivetrain.model.memory import (
     Memory,
     choose_micro_batch,
     estimate,
-    moment_bytes,
     sequences_per_rank,
 )
+from drivetrain.model.memory_engines import moment_bytes
 
 MAX_RANKS = 4096
 RANKS_PER_NODE = 8
@@ -74,6 +74,7 @@ class Plan:
 
     Attributes:
         memory: by moment of a step and by part; see `drivetrain.model.memory`.
+        learning_rate: at its highest, which is `optim.lr`; where none is given, the stage's usual one.
         trained_parameters: all of them, or those of LoRA's adapters, which `parameters` leaves out.
         host_memory: what each rank holds in the CPU's memory, for offload.
         usable_memory: the share of `gpu_memory` that a plan may fill.
@@ -107,6 +108,9 @@ class Plan:
     flops_per_step: float
     tokens_per_step: int
     tokens_total: int
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
     mfu: float
     tokens_per_second: float
     step_seconds: float
@@ -174,6 +178,9 @@ def make_plan(
         flops_per_step=flops * stage.tokens_per_step,
         tokens_per_step=stage.tokens_per_step,
         tokens_total=tokens,
+        learning_rate=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        schedule=config.optim.schedule.value,
         mfu=mfu,
         tokens_per_second=rate,
         step_seconds=stage.tokens_per_step / rate,
@@ -352,6 +359,8 @@ def _numbers_table(plan: Plan) -> Table:
         share = plan.trained_parameters / count.total
         table.add_row("Trained", _number(plan.trained_parameters), f"{share:.2%} of them more, as adapters")
     table.add_row("Micro-batch", f"{plan.micro_batch:,} × {plan.seq_len:,}", f"{chosen}; {passes} a step")
+    warmup = f"after {plan.warmup_steps:,} steps of warm-up; optim.lr"
+    table.add_row("Learning rate", f"{plan.learning_rate:.3g}", f"{plan.schedule}, {warmup}")
     table.add_row(
         "FLOPs a token", _number(plan.flops_per_token), "forward and backward, recomputation left out"
     )
@@ -374,16 +383,6 @@ def _numbers_table(plan: Plan) -> Table:
             "CPU memory", human_bytes(plan.host_memory), "of each rank, for the offloaded optimizer"
         )
     return table
-
-
-def human_bytes(number: float) -> str:
-    """Bytes for people: three digits and a binary unit; a dash for none."""
-    if number < 1:
-        return "–"
-    power = min(5, int(math.log2(number)) // 10)
-    scaled = number / 1024**power
-    unit = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")[power]
-    return f"{scaled:,.0f} {unit}" if power == 0 or scaled >= 100 else f"{scaled:.1f} {unit}"
 
 
 def _number(number: float) -> str:

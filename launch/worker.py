@@ -9,11 +9,14 @@ import contextlib
 import queue
 import threading
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from drivetrain.model.generate import Event, Generator, Request
+
+T = TypeVar("T")
 
 
 class Busy(Exception):
@@ -62,10 +65,11 @@ class Worker:
     def __init__(self, generator: Generator, max_waiting: int) -> None:
         self.generator, self.max_waiting = generator, max_waiting
         self.orders: set[Order] = set()  # the loop's, as `waiting`
+        self.working = 0  # the loop's: calls of `run` that are not done
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._places: dict[
-            int, tuple[Order, int]
-        ] = {}  # the thread's, by the generator's number of the request
+        # The thread's: by the generator's number of the request; and what `run` shall do.
+        self._places: dict[int, tuple[Order, int]] = {}
+        self._work: deque[Callable[[], None]] = deque()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
 
@@ -78,7 +82,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        return sum(len(order.waiting) for order in self.orders)
+        return self.working + sum(len(order.waiting) for order in self.orders)
 
     async def submit(self, requests: Sequence[Request]) -> Order:
         """Queue requests; what comes back is to be released.
@@ -98,6 +102,23 @@ class Worker:
             raise
         return order
 
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which has the model to itself between two steps.
+
+        Raises:
+            Busy: too many wait. StepError: it failed.
+        """
+        if self.waiting >= self.max_waiting:
+            raise Busy
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+        self.working += 1
+        self._inbox.put(partial(self._work.append, partial(_do, work, done, loop)))
+        try:
+            return await done
+        finally:
+            self.working -= 1
+
     def release(self, order: Order) -> None:
         """Forget an order and free what it still holds."""
         self.orders.discard(order)
@@ -113,12 +134,14 @@ class Worker:
     def _run(self) -> None:
         while not self._closing:
             self._obey()
+            if self._work and not self._closing:
+                self._work.popleft()()
             if self.generator.busy and not self._closing:
                 self._step()
 
     def _obey(self) -> None:
         """Do what has come in; with nothing to run, wait for it."""
-        block = not self.generator.busy
+        block = not (self.generator.busy or self._work)
         with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get(block)()
@@ -135,9 +158,9 @@ class Worker:
                 self._places[self.generator.submit(request)] = (order, place)
         except Exception as error:
             self._release(order)
-            _tell(order, _refuse, order, error)
+            _tell(order, _fail, order.accepted, error)
         else:
-            _tell(order, _accept, order)
+            _tell(order, _settle, order.accepted, None)
 
     def _release(self, order: Order) -> None:
         order.released = True
@@ -164,17 +187,33 @@ class Worker:
             _tell(order, order.put, each)
 
 
+def _do(work: Callable[[], T], done: "asyncio.Future[T]", loop: asyncio.AbstractEventLoop) -> None:
+    if done.cancelled():
+        return
+    try:
+        found = work()
+    except Exception as error:
+        traceback.print_exc()
+        _call_in(loop, _fail, done, StepError(str(error).partition("\n")[0]))
+    else:
+        _call_in(loop, _settle, done, found)
+
+
 def _tell(order: Order, call: Callable[..., None], *arguments: Any) -> None:
-    """Call in the order's loop, unless that is closed."""
+    _call_in(order.loop, call, *arguments)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Unless it is closed."""
     with contextlib.suppress(RuntimeError):
-        order.loop.call_soon_threadsafe(call, *arguments)
+        loop.call_soon_threadsafe(call, *arguments)
 
 
-def _accept(order: Order) -> None:
-    if not order.accepted.done():
-        order.accepted.set_result(None)
+def _settle(future: "asyncio.Future[T]", found: T) -> None:
+    if not future.done():
+        future.set_result(found)
 
 
-def _refuse(order: Order, error: Exception) -> None:
-    if not order.accepted.done():
-        order.accepted.set_exception(error)
+def _fail(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

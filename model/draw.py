@@ -10,11 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drivetrain.conf.errors import DrivetrainError
+
 BLOCK = 256  # L: about the root of a usual vocabulary, so that M + L numbers are drawn and not V
 CANDIDATES = 1024  # likeliest tokens that top-p looks at before it sorts them all
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment and multipliers, as signed numbers
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+class NotFinite(DrivetrainError, FloatingPointError):
+    """Logits that are no numbers to draw from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,14 +128,14 @@ def draw(
         sampled from, 0 where the temperature is 0; fp32 [B] both.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        NotFinite: logits that are not finite.
     """
     device = logits_BV.device
     top_B1, likeliest_B1 = logits_BV.max(dim=-1, keepdim=True)
     weights_BV = (logits_BV - top_B1).exp_()
     model_total_B = _block_sums(weights_BV).sum(dim=-1)
     if not bool(model_total_B.isfinite().all()):
-        raise FloatingPointError("the model gives logits that are not finite numbers; its weights are broken")
+        raise NotFinite("the model gives logits that are not finite numbers; its weights are broken")
     weights_BV = _reshape(logits_BV, top_B1, weights_BV, [row.sampling for row in rows])
     blocks_BM = _block_sums(weights_BV)
     noise = gumbel(rows, blocks_BM.shape[1] + BLOCK, device)

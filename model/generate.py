@@ -19,6 +19,7 @@ bf16 rounds 2^16 times more coarsely, so there a long completion may part ways w
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,13 +32,23 @@ from drivetrain.kernels.attention import make_documents
 from drivetrain.model.cache import Cache, HostCache, PagedCache, PagedTokens
 from drivetrain.model.draw import Row, Sampling, draw
 from drivetrain.model.graphs import DecodeGraphs
+from drivetrain.model.text import Decode, TextStream
 from drivetrain.model.transformer import KeyValues, Transformer, logits
 
-__all__ = ["Completion", "Event", "FinishReason", "Generator", "Request", "Sampling"]
+__all__ = ["Completion", "Event", "FinishReason", "Generator", "Request", "Sampling", "TooLong"]
 
 FinishReason = Literal["stop", "length"]
 Agree = Callable[[Tensor], Tensor]
-Decode = Callable[[list[int]], str]
+
+
+class TooLong(ValueError):
+    """A prompt that leaves no room for a completion. `length` and the `most` there may be, in tokens."""
+
+    def __init__(self, length: int, most: int) -> None:
+        super().__init__(
+            f"the prompt is {length} tokens long and the model takes {most} (its max_seq_len less one); shorten it"
+        )
+        self.length, self.most = length, most
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +83,16 @@ class Event:
 
 @dataclass(slots=True)
 class Completion:
-    """A sample's tokens, the end token included where it has one; the numbers are those of `Event`."""
+    """A sample's tokens, the end token included where it has one; the numbers are those of `Event`.
+
+    `versions`: the number of the weights that drew each token, where weights change under way; else empty.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     behaviour_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    versions: list[int] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         self.tokens.append(event.token)
@@ -95,6 +110,7 @@ class _Running:
     limit: int  # tokens of a completion
     alive: list[int]
     tokens: list[list[int]]  # by sample
+    streams: list[TextStream]  # by sample; none without stop texts
     group: Any = None
 
     @property
@@ -170,18 +186,18 @@ class Generator:
         """Whether anything waits or runs here."""
         return bool(self.waiting or self.running)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; its id.
+    def check(self, request: Request) -> None:
+        """Whether `submit` takes a request.
 
         Raises:
-            ValueError: an empty prompt or one that fills the model's context, a token outside the vocabulary, stop
-                texts without `decode`, or more than `max_batch` samples or than the cache can hold.
+            TooLong: the prompt fills the model's context. ValueError: it is empty, has a token outside the
+                vocabulary, stop texts without `decode`, or more than `max_batch` samples or than the cache holds.
         """
         prompt, sampling = len(request.prompt), request.sampling
-        if not 0 < prompt < self.cfg.max_seq_len:
-            raise ValueError(
-                f"a prompt has 1 to {self.cfg.max_seq_len - 1} tokens (max_seq_len less one), this has {prompt}"
-            )
+        if not prompt:
+            raise ValueError("a prompt has at least one token, this has 0")
+        if prompt >= self.cfg.max_seq_len:
+            raise TooLong(prompt, self.cfg.max_seq_len - 1)
         if not 0 <= min(request.prompt) <= max(request.prompt) < self.cfg.vocab_size:
             raise ValueError(f"a prompt's tokens lie in [0, {self.cfg.vocab_size}), one of these does not")
         if not 1 <= request.samples <= self.max_batch:
@@ -190,16 +206,29 @@ class Generator:
             )
         if sampling.stop and self.decode is None:
             raise ValueError("stop texts need a Generator with decode=")
-        limit = min(sampling.max_tokens, self.cfg.max_seq_len - prompt)
-        cost = self.cache.cost(prompt, request.samples, limit)
+        cost = self.cache.cost(prompt, request.samples, self._limit(request))
         if cost > self.cache.capacity:
             raise ValueError(
-                f"this request takes {cost} tokens of cache and there are {self.cache.capacity}; give the "
-                "Generator more kv_tokens, or ask for fewer samples or max_tokens"
+                f"this request takes {cost} tokens of cache and there are {self.cache.capacity}; ask for fewer "
+                "samples or max_tokens, or give the Generator more kv_tokens"
             )
+
+    def _limit(self, request: Request) -> int:
+        """Tokens of a completion: what is asked for, as far as the context has room."""
+        return min(request.sampling.max_tokens, self.cfg.max_seq_len - len(request.prompt))
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its id. Raises as `check`."""
+        self.check(request)
         self.submitted += 1
-        samples = range(request.samples)
-        self.waiting.append(_Running(self.submitted, request, limit, list(samples), [[] for _ in samples]))
+        samples, stop = range(request.samples), request.sampling.stop
+        streams: list[TextStream] = []
+        if stop and self.decode is not None:
+            streams = [TextStream(self.decode, stop, request.prompt) for _ in samples]
+        tokens: list[list[int]] = [[] for _ in samples]
+        self.waiting.append(
+            _Running(self.submitted, request, self._limit(request), list(samples), tokens, streams)
+        )
         return self.submitted
 
     def cancel(self, request: int) -> None:
@@ -215,13 +244,12 @@ class Generator:
         """One token of every sample that runs, and the first token of requests that there is room for.
 
         Raises:
-            FloatingPointError: the model's logits are not finite.
+            NotFinite: the model's logits are not finite.
         """
         going = [*self.running]
         begun = self._admit()
         events: list[Event] = []
-        # Every length is a new shape. The stance is global: it must not outlive this call into the caller's code.
-        with torch.compiler.set_stance("force_eager"):
+        with self._uncompiled():
             # The same passes on every rank, in the same order.
             if self._anywhere(bool(begun)):
                 events += self._prefill(begun) if begun else self._empty_pass()
@@ -251,6 +279,12 @@ class Generator:
                 if event.request in found:
                     found[event.request][event.sample].add(event)
         return list(found.values())
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Every length is a new shape. The stance is global to all threads: a model that has nothing compiled
+        leaves it alone, and it must not outlive a step into the caller's code."""
+        compiled = any(module._compiled_call_impl is not None for module in self.model.modules())
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     def _anywhere(self, here: bool) -> bool:
         return here if self.any_rank is None else self.any_rank(here)
@@ -347,13 +381,9 @@ class Generator:
         tokens, sampling = each.tokens[sample], each.request.sampling
         if tokens[-1] in self.eos_ids or tokens[-1] in sampling.stop_tokens:
             return "stop"
-        if sampling.stop:
-            assert self.decode is not None
-            # A token is a byte of text at least, so a stop text that ends here began within so many; and a few
-            # more, for what decoders leave out at the beginning.
-            reach = max(len(text.encode()) for text in sampling.stop) + 4
-            tail = self.decode(tokens[-reach:])
-            if any(text in tail for text in sampling.stop):
+        if each.streams:
+            each.streams[sample].push(tokens[-1])
+            if each.streams[sample].stopped:
                 return "stop"
         return "length" if len(tokens) == each.limit else None
 

@@ -21,8 +21,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it first sees a kernel, so before any is imported
 
-# A busy machine is no failure: how long an example takes says nothing about whether it is right. The same examples at
-# every run; `pytest --hypothesis-profile=search` draws others.
+# A busy machine is no failure: how long an example takes says nothing about whether it is right. The same examples
+# at every run; `pytest --hypothesis-profile=search` draws others.
 settings.register_profile("drivetrain", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("drivetrain")

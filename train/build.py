@@ -27,7 +27,7 @@ from drivetrain.conf.schema import (
 )
 from drivetrain.conf.source import Kind, kind_of
 from drivetrain.data.loader import Prefetcher, share_of
-from drivetrain.model.backend import backend_of
+from drivetrain.model.backend import backend_for
 from drivetrain.model.hf import fill_from_hf
 from drivetrain.model.initialize import initialize
 from drivetrain.model.lora import base_parameters, inject
@@ -140,7 +140,7 @@ def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run
 
 def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
     """An engine whose weights `fill` has filled."""
-    model = build_model(config.model, backend_of(config.kernels, world.device))
+    model = build_model(config.model, backend_for(config, world.device))
     # Frozen weights need no fp32 master copy: what bf16 casts at every use is kept cast. ZeRO-0 takes fp32 alone.
     wide = isinstance(config.engine, ZeroConfig) and config.engine.zero_stage == 0
     whole = wide or config.engine.precision is Precision.fp32
@@ -167,7 +167,7 @@ def build_reference(config: RunConfig, world: World) -> Transformer | None:
     sharded over all ranks under either engine. None: nothing asks for it."""
     if not isinstance(config.stage, GrpoConfig) or not config.stage.kl_coef:
         return None
-    model = build_model(config.model, backend_of(config.kernels, world.device))
+    model = build_model(config.model, backend_for(config, world.device))
     model.requires_grad_(False)
     shard(model, FsdpConfig(precision=config.engine.precision), shard_mesh(world, 1))
     model.materialize(world.device)

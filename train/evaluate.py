@@ -20,7 +20,13 @@ from drivetrain.train.mesh import World
 
 def documents_of(batch: Batch, sliding_window: int | None, backend: str) -> Documents:
     return make_documents(
-        batch.cu_seqlens, batch.max_seqlen, batch.tokens, batch.row_len, sliding_window, backend=backend
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        batch.tokens,
+        batch.row_len,
+        sliding_window,
+        backend=backend,
+        branches_2T=batch.branches_2T,
     )
 
 

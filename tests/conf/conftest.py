@@ -37,7 +37,7 @@ def shards(tmp_path: Path) -> Callable[..., Path]:
                 name=f"{split}_{part}",
                 split=split,
                 tokens=count // parts,
-                documents=part + 1,
+                documents=2 * (part + 1),
                 files={},
                 loss_tokens=count // parts // 2 if chat else None,
             )

@@ -103,6 +103,11 @@ def test_these_may_change_at_a_resume(words: str) -> None:
     check_resume(compose([MIXTURE]), compose([MIXTURE, *words.split(" ")]))
 
 
+def test_who_samples_may_change_at_a_resume() -> None:
+    words = ["stage.rollout.max_staleness=2", "stage.rollout.server.urls=[a, b]", "stage.rollout.retries=3"]
+    check_resume(compose(["stage=grpo"]), compose(["stage=grpo", *words]))
+
+
 BATCH = (
     "the batch of a step is a function of (seed, step) and would be another one; keep it, or start a new run"
 )

@@ -9,6 +9,7 @@ from drivetrain.conf.check_data import data_problems
 from drivetrain.conf.compose import compose
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import RunConfig
+from drivetrain.conf.tokenizer_file import hash_of
 from drivetrain.conf.validate import validate
 
 Make = Callable[..., Path]
@@ -151,18 +152,26 @@ def test_sources_share_a_tokenizer_and_have_weights(shards: Make) -> None:
     ]
 
 
+UNIGRAM = {"model": {"vocab": [["a", 0.0]]}, "added_tokens": [{"id": 2047}]}
+BPE: dict[str, Any] = {"model": {"vocab": {"a": 2047}}, "added_tokens": [{"id": 5}]}
+
+
 @pytest.mark.parametrize(
     ("definition", "reason"),
     [
         (None, "tokenizer={path} has no tokenizer.json; leave tokenizer out"),
         ("{}", "{path}/tokenizer.json cannot be read as a tokenizer"),
         ({"model": {"vocab": {"a": 0, "b": 9}}, "added_tokens": []}, "tokenizer={path} has 10 tokens and"),
-        ({"model": {"vocab": [["a", 0.0]]}, "added_tokens": [{"id": 2047}]}, None),
-        ({"model": {"vocab": {"a": 2047}}, "added_tokens": [{"id": 5}]}, None),
+        (
+            UNIGRAM,
+            "tokenizer={path} is not the one that data.path={data} was built with, though as large; leave",
+        ),
+        (BPE, None),
+        ({**BPE, "truncation": {"max_length": 8}}, None),
     ],
 )
 def test_a_given_tokenizer_is_the_datas(definition: Any, reason: str | None, shards: Make) -> None:
-    data = shards()
+    data = shards(tokenizer_hash=hash_of(BPE))
     path = data / "tokenizer"
     path.mkdir()
     if definition is not None:
@@ -172,4 +181,21 @@ def test_a_given_tokenizer_is_the_datas(definition: Any, reason: str | None, sha
     if reason is None:
         validate(config)
     else:
-        assert problem(config).startswith(reason.format(path=path))
+        assert problem(config).startswith(reason.format(path=path, data=data))
+
+
+def test_the_tokenizer_of_the_weights_is_the_datas_too(shards: Make, saved_run: Path) -> None:
+    (saved_run / "tokenizer" / "tokenizer.json").write_text(json.dumps(BPE))
+    other, data = shards("other"), shards("data", tokenizer_hash=hash_of(BPE))
+    begun = f"model.init_from={saved_run}"
+    validate(compose([f"data.path={data}", begun]))
+    remedy = f"build the data with --tokenizer {saved_run / 'tokenizer'}"
+    assert problem(compose([f"data.path={other}", begun])) == (
+        f"the tokenizer of {begun} is not the one that data.path={other} was built with, though as large; {remedy}"
+    )
+    # A resume may name another directory of data: the run has its own copy of the tokenizer.
+    validate(compose([f"data.path={data}", f"run_dir={saved_run}"]))
+    assert problem(compose([f"data.path={other}", f"run_dir={saved_run}"])) == (
+        f"the tokenizer in {saved_run} is not the one that data.path={other} was built with, though as large; "
+        f"{remedy}"
+    )

@@ -4,7 +4,8 @@ import pytest
 
 from drivetrain.conf.compose import compose, load, options, to_yaml
 from drivetrain.conf.errors import ConfigError
-from drivetrain.conf.schema import ModelConfig, MuonConfig, ZeroConfig
+from drivetrain.conf.learning_rate import RATES
+from drivetrain.conf.schema import SCHEMAS, ModelConfig, MuonConfig, ZeroConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -52,6 +53,38 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_groups() -> Non
     assert isinstance(config.engine, ZeroConfig)
     assert config.model.name == config.experiment == "gpt2_124m"
     assert compose([]).stage.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ([], 6e-4),
+        (["lora.rank=8"], 6e-4),
+        (["stage=sft"], 2e-5),
+        (["stage=sft", "lora.rank=8"], 2e-4),
+        (["stage=reward_model"], 1e-5),
+        (["stage=dpo", "stage.loss=simpo"], 1e-6),
+        (["stage=dpo", "lora.rank=1"], 1e-5),
+        (["stage=grpo"], 1e-6),
+        (["stage=grpo", "lora.rank=16"], 1e-5),
+        (["stage=sft", "optim.lr=3e-3"], 3e-3),
+        (["stage=grpo", "optim=muon", "lora.rank=16", "optim.lr=6e-4"], 6e-4),
+        (["experiment=demo_sft"], 1e-3),
+        (["experiment=demo_sft", "lora.rank=8", "optim.lr=5"], 5),
+    ],
+)
+def test_a_stage_has_a_learning_rate_where_none_is_given(words: list[str], rate: float) -> None:
+    assert compose(words).optim.lr == rate
+
+
+def test_muons_rate_of_matrices_follows_the_stage() -> None:
+    for words, rate in (([], 0.02), (["stage=sft"], 6.7e-4), (["stage=sft", "optim.matrix_lr=1"], 1)):
+        optim = compose(["optim=muon", *words]).optim
+        assert isinstance(optim, MuonConfig) and optim.matrix_lr == rate
+
+
+def test_every_stage_has_a_usual_rate() -> None:
+    assert set(RATES) == set(SCHEMAS["stage"])
 
 
 def test_an_experiment_outside_the_package_composes(tmp_path: Path) -> None:

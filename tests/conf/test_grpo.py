@@ -26,8 +26,39 @@ WRONG = {
         "stage.sample_prompts is not asked in stage=grpo, which shows its own rollouts; leave it out"
     ),
     "stage.environment=chess": (
-        "stage.environment=chess is not known; use reasoning_gym:NAME?SETTING=VALUE, as in "
-        "reasoning_gym:chain_sum?max_terms=3"
+        "stage.environment=chess is not known; it begins with reasoning_gym:, questions:, verifiers: or custom:, "
+        "as in reasoning_gym:chain_sum?max_terms=3"
+    ),
+    "stage.rollout.max_staleness=1 stage.updates=2": (
+        "stage.rollout.max_staleness=1 lets sampling run ahead of every step, and stage.updates=2 has steps share "
+        "a rollout; use stage.updates=1"
+    ),
+    "stage.rollout.engine=vllm stage.rollout.max_staleness=1": (
+        "stage.rollout.engine=vllm takes turns with training on one GPU and cannot run ahead of it; use "
+        "stage.rollout.engine=vllm_server, or stage.rollout.max_staleness=0"
+    ),
+    "stage.rollout.engine=vllm cluster.device=cpu": (
+        "stage.rollout.engine=vllm needs GPUs and cluster.device=cpu has none; use stage.rollout.engine=builtin"
+    ),
+    "stage.rollout.engine=vllm stage.rollout.copy=true": (
+        "stage.rollout.copy=true is for stage.rollout.engine=builtin, and this is vllm; leave it out"
+    ),
+    "stage.rollout.timeout_seconds=900": (
+        "stage.rollout.timeout_seconds=900 with stage.rollout.retries=1 is longer than the 1800 s that ranks wait "
+        "for each other; use less"
+    ),
+    "stage.rollout.engine=endpoint": (
+        "stage.rollout.server.model is empty; give the name that the server at stage.rollout.server.urls knows"
+    ),
+    "stage.rollout.engine=endpoint stage.rollout.server.model=m stage.rollout.server.urls=[]": (
+        "stage.rollout.server.urls is empty; give at least one, as in [http://127.0.0.1:8000/v1]"
+    ),
+    "stage.rollout.engine=vllm_server stage.rollout.server.model=m stage.rollout.server.token_ids=false": (
+        "stage.rollout.server.token_ids=false would train on tokens that the sampler may not have drawn; leave it "
+        "out with stage.rollout.engine=vllm_server"
+    ),
+    "stage.rollout.vllm.memory=2": (
+        "stage.rollout.vllm.memory=2.0 is out of range; it must be above 0 and at most 1"
     ),
     "stage.kl_coef=0.1 stage.kl_estimator=k1": (
         "stage.kl_estimator=k1 in the loss has a gradient that is zero on average, so it would do nothing; use k2 "

@@ -14,7 +14,8 @@ from drivetrain.data.chat import Chat
 from drivetrain.data.conversations import conversation_of
 from drivetrain.data.inspect import inspect, verify
 from drivetrain.data.readers import Unusable
-from drivetrain.data.shards import Manifest, ShardWriter, map_lengths, map_tokens, map_weights
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest, map_lengths, map_tokens, map_weights
 
 CALL = {"name": "add", "arguments": {"a": 1}}
 ASKED = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]

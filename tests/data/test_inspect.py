@@ -72,6 +72,31 @@ def test_the_report_renders_and_text_is_not_markup(data: Path) -> None:
         assert expected in shown
 
 
+def test_what_is_learned_of_a_conversation_is_told_apart(tokenizer: Path, tmp_path: Path) -> None:
+    """The question is read, the answer and the end of its turn are learned."""
+    asked = [{"role": "user", "content": "öne?"}, {"role": "assistant", "content": "twö."}]
+    asked += [{"role": "user", "content": "three"}, {"role": "assistant", "content": "x" * 600}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    build([tmp_path / "chat.jsonl"], tokenizer, tmp_path / "chat", 1, held_out=0, progress=False, chat=True)
+    report = inspect(tmp_path / "chat")
+    (pieces,), (sample,) = (report["splits"]["train"][key] for key in ("sample_pieces", "samples"))
+    assert [learned for _, learned in pieces] == [False, True, False, True]
+    assert pieces[0][0].endswith("assistant\n") and "öne?" in pieces[0][0]
+    assert pieces[1] == ["twö.<|im_end|>", True] and set(pieces[3][0]) == {"x"}
+    assert sample == "".join(text for text, _ in pieces) and "three" in pieces[2][0]
+    assert json.loads(json.dumps(report)) == report
+    console = Console(
+        width=200, record=True, file=io.StringIO(), force_terminal=True, color_system="standard"
+    )
+    console.print(render(report))
+    shown = console.export_text(styles=True)
+    assert "not learned" in shown
+    dim = [
+        line.split("\x1b[2m", 1)[1].split("\x1b[0m")[0] for line in shown.splitlines() if "\x1b[2m" in line
+    ]
+    assert any("öne?" in text for text in dim) and not any("twö." in text for text in dim)
+
+
 def test_whole_data_verifies(data: Path) -> None:
     verify(data, progress=False)
 

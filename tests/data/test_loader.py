@@ -15,7 +15,8 @@ from drivetrain.conf.errors import CheckpointError, DataError
 from drivetrain.conf.schema import DataConfig, SourceConfig
 from drivetrain.data.batch import Batch
 from drivetrain.data.loader import Prefetcher, PretrainSource, share_of
-from drivetrain.data.shards import Manifest, ShardWriter
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest
 
 SEQ_LEN, PER_STEP = 4, 24
 

@@ -17,7 +17,8 @@ from drivetrain.data.batch import Batch
 from drivetrain.data.loader import share_of
 from drivetrain.data.packing import Conversations, Rows, best_fit
 from drivetrain.data.sft import HeldOutConversations, SftSource, batch_from_rows
-from drivetrain.data.shards import Manifest, ShardWriter
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest
 
 EOS, PER_STEP, ROW = 1, 12, 64
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.conf.errors import DataError
+from drivetrain.data.shard_writer import ShardWriter
 from drivetrain.data.shards import (
     Manifest,
     ShardInfo,
-    ShardWriter,
     dtype_for,
     hash_file,
     map_document_ends,
@@ -112,7 +112,7 @@ def test_the_index_is_right_beyond_one_chunk(tmp_path: Path, monkeypatch: pytest
     whole.mkdir(), parts.mkdir()
     documents = [[1] * (1 + i % 5) for i in range(23)]
     write_shard(whole, documents)
-    monkeypatch.setattr("drivetrain.data.shards._INDEX_CHUNK", 4)
+    monkeypatch.setattr("drivetrain.data.shard_writer._INDEX_CHUNK", 4)
     write_shard(parts, documents)
     assert (whole / "train_00000.idx").read_bytes() == (parts / "train_00000.idx").read_bytes()
 

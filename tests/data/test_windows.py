@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from drivetrain.conf.errors import DataError
 from drivetrain.conf.schema import DataConfig, SourceConfig
 from drivetrain.data.loader import open_sources
-from drivetrain.data.shards import Manifest, ShardInfo, ShardWriter
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest, ShardInfo
 from drivetrain.data.windows import ShuffledWindows, Windows
 
 

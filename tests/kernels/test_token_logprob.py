@@ -305,7 +305,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(backend: str, dtype: torch.d
                 hidden_TD, weight_VD, targets_T, 1.0, 0.0
             )
             module._token_logprob_backward._init_fn(
-                hidden_TD, weight_VD, targets_T, logsumexp_T, entropy_T, *grads_2T, 1.0, 0.0
+                hidden_TD, weight_VD, targets_T, logsumexp_T, entropy_T, *grads_2T, 1.0, 0.0, True
             )
     assert sizes.largest == 16 * (V if backend == "sdpa" else 320)  # rows begin 64 numbers apart
     with Sizes() as sizes:
@@ -329,3 +329,17 @@ def test_only_two_numbers_a_token_are_kept(backend: str) -> None:
     with torch.no_grad():
         assert not token_logprob(*leaves, targets_T, backend=backend)[0].requires_grad
     assert logprob_T.requires_grad
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_frozen_matrix_has_no_gradient_and_changes_no_other(backend: str) -> None:
+    hidden_TD, weight_VD, targets_T = draw()
+    grads_2T = cotangents(T)
+    with chunks_of(16):
+        *_, expected_TD, _ = gradients(hidden_TD, weight_VD, targets_T, grads_2T, backend=backend)
+        hidden_TD.requires_grad_()
+        outputs = token_logprob(hidden_TD, weight_VD, targets_T, backend=backend)
+        with mock.patch.object(module, "Gradients", wraps=module.Gradients) as made:
+            (found_TD,) = torch.autograd.grad(outputs, [hidden_TD], [*grads_2T])
+    assert torch.equal(found_TD, expected_TD)
+    assert False in (made.call_args.args[-1], made.call_args.kwargs.get("of_weight"))

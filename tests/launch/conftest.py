@@ -1,11 +1,22 @@
-"""Shards, a folder of one's own, and a console that can be read, for what the launcher does in this process."""
+"""Shards, a folder of one's own, and a console that can be read, for what the launcher does in this process; a
+model that talks, and a server of it with a key."""
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 from rich.console import Console
@@ -13,11 +24,14 @@ from safetensors.torch import save_file
 
 from drivetrain.conf.compose import compose
 from drivetrain.conf.schema import RunConfig
-from drivetrain.data.shards import HELD_OUT, TRAIN, Manifest, ShardWriter, dtype_for
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import HELD_OUT, TRAIN, Manifest, dtype_for
 from drivetrain.data.tokenizer import train_tokenizer
 from drivetrain.launch import job, sweep
+from drivetrain.train.serve import Sampler
 
 VOCAB = 2048  # the vocabulary of model=tiny
+KEY = "a-key-of-some-length"
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +81,75 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["lm_head.weight"][ends] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server's process."""
+
+    url: str
+    process: subprocess.Popen[str]
+    key: str = KEY
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.key}"} | options.pop("headers", {})
+        return httpx.post(f"{self.url}/v1/{path}", json=body, headers=headers, timeout=60, **options)
+
+    def wait_until(self, **wanted: int) -> None:
+        """For what /health says."""
+        deadline = time.monotonic() + 30
+        while True:
+            found = httpx.get(f"{self.url}/health").json()
+            if wanted.items() <= found.items():
+                return
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+
+
+def _serve(source: Path, *words: str) -> Running:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drivetrain.launch.cli", "serve", str(source), "--port", "0", *words],
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    found = re.fullmatch(r"serving tiny on (http://127\.0\.0\.1:\d+) \(Ctrl-C stops it\)\n", said)
+    assert found, said + process.communicate()[1]
+    return Running(found[1], process)
+
+
+@pytest.fixture(scope="session")
+def serve_tiny() -> Callable[..., Running]:
+    """`serve_tiny(source, *words)`: `drivetrain serve`, once it serves. Whoever calls ends it."""
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def server(
+    talker: Path, tmp_path_factory: pytest.TempPathFactory, kill_tree: Callable[..., None]
+) -> Iterator[Running]:
+    """Of `talker`, with a key, four answers at once and four requests that may wait."""
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text(KEY + "\n")
+    running = _serve(talker, "--api-key-file", str(key), "--max-batch", "4", "--max-waiting", "4")
+    yield running
+    kill_tree(running.process)
+
+
+@pytest.fixture(scope="session")
+def client(server: Running) -> openai.OpenAI:
+    return server.client()
+
+
+@pytest.fixture(scope="session")
+def sampler(talker: Path) -> Sampler:
+    """The server's model in this process."""
+    return Sampler(talker, max_batch=4)
 
 
 @pytest.fixture

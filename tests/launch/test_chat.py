@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.data.build import build
 from drivetrain.data.conversations import conversation_of
 from drivetrain.data.readers import Unusable
@@ -223,6 +223,33 @@ def test_without_a_chat_template_it_is_refused(
     monkeypatch.setattr(sys, "argv", ["drivetrain", "chat", str(source), "--debug"])
     with pytest.raises(ConfigError, match=r"has no chat template; add chat_template\.jinja"):
         cli.main()
+
+
+def test_a_system_text_that_cannot_be_given_is_a_wrong_word(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, said in {
+        "a<|im_end|>": r"--system: message 1 spells the control token <\|im_end\|>",
+        "caf\udce9": "--system: message 1 is not UTF-8",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["drivetrain", "chat", str(talker), "--system", text, "--debug"])
+        with pytest.raises(ConfigError, match=said):
+            cli.main()
+
+
+def test_weights_that_give_no_numbers_end_the_conversation(
+    typed: Any, opened: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = opened.model.get_parameter("norm.weight")
+    before = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    try:
+        with pytest.raises(
+            DrivetrainError, match="logits that are not finite numbers; its weights are broken"
+        ):
+            typed("the cat")
+    finally:
+        weight.data.copy_(before)
 
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_program(

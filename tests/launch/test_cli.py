@@ -1,8 +1,12 @@
 """Wrong words on the command line: a status, one sentence a mistake, no traceback, and nothing on the disk."""
 
+import errno
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -191,6 +195,27 @@ def test_debug_raises_known_errors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["drivetrain", "--debug", "data", "verify", "nowhere"])
     with pytest.raises(DataError):
         cli.main()
+
+
+def test_an_output_that_is_full_is_a_failure(
+    run: Run, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    status, _, err = run("plan", *words, "--json")
+    assert (status, err) == (1, "error: standard output cannot be written: No space left on device\n")
+
+
+def test_the_help_needs_no_torch() -> None:
+    """Which takes seconds to import."""
+    slow = "{'torch', 'hydra', 'transformers', 'pyarrow'}"
+    asked = f"import sys, drivetrain.launch.cli; print(*{slow} & set(sys.modules))"
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_ctrl_c_is_no_error_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

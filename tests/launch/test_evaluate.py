@@ -10,8 +10,9 @@ import pytest
 
 from drivetrain.data.build import build
 from drivetrain.launch import cli
-from drivetrain.launch.evaluate import draw
+from drivetrain.launch.evaluate import draw, render
 from drivetrain.launch.job import launch
+from drivetrain.launch.words import console as terminal
 
 Run = Callable[..., tuple[int, str, str]]
 RECORDS = [
@@ -27,7 +28,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["drivetrain", "eval", *map(str, words)])
-        monkeypatch.setattr(cli.console, "width", 200, raising=False)
+        monkeypatch.setattr(terminal, "width", 200, raising=False)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert isinstance(ended.value.code, int)
@@ -143,6 +144,13 @@ def test_without_the_harness_its_tasks_are_refused(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     status, _, err = run(source, "--tasks", "lm_eval:hellaswag,arc_easy")
     assert status == 2 and "pip install 'drivetrain[eval]'" in err
+
+
+def test_a_perplexity_beyond_any_float_is_shown(console: Any) -> None:
+    data = {"paths": {"data": "d"}, "split": "train", "seq_len": 8, "tokens": 9}
+    data |= {"loss": 800.0, "perplexity": None, "bits_per_byte": 1.0}
+    console.print(render({"data": data}))
+    assert "800.0000" in str(console) and " inf " in str(console)
 
 
 def test_the_picture_has_a_bar_for_every_share() -> None:

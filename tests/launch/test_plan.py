@@ -8,8 +8,9 @@ from rich.console import Console
 from drivetrain.conf.compose import compose
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import options
+from drivetrain.conf.units import human_bytes
 from drivetrain.conf.validate import validate
-from drivetrain.launch.plan import Plan, duration, human_bytes, make_plan, render
+from drivetrain.launch.plan import Plan, duration, make_plan, render
 from drivetrain.model.flops import parameter_count, train_flops_per_token
 
 LLAMA = [
@@ -130,6 +131,15 @@ def test_tables_fit_a_hundred_columns(model: str) -> None:
         assert ("CPU memory" in text) is (made.host_memory > 0)
 
 
+def test_the_learning_rate_is_shown_though_none_was_given() -> None:
+    for words, shown in (
+        (["stage=sft"], "Learning rate 2e-05 cosine, after 100 steps of warm-up; optim.lr"),
+        (["stage=sft", "lora.rank=8"], "Learning rate 0.0002 cosine"),
+        (["stage=dpo", "optim.lr=5e-7", "optim.schedule=linear"], "Learning rate 5e-07 linear"),
+    ):
+        assert shown in " ".join(text_of(make_plan(compose(words))).split())
+
+
 def test_json_holds_everything() -> None:
     made = plan(*LLAMA)
     read = json.loads(json.dumps(dataclasses.asdict(made)))
@@ -147,21 +157,6 @@ def test_wrong_arguments_are_explained() -> None:
         make_plan(config, mfu=40)
     with pytest.raises(ConfigError, match="must be above 0"):
         make_plan(config, gpu_memory=-1)
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "–"),
-        (512, "512 B"),
-        (1024, "1.0 KiB"),
-        (2**20 * 1.5, "1.5 MiB"),
-        (150 * 2**30, "150 GiB"),
-        (2**50, "1.0 PiB"),
-    ],
-)
-def test_bytes_for_people(number: float, text: str) -> None:
-    assert human_bytes(number) == text
 
 
 @pytest.mark.parametrize(

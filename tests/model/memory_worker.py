@@ -18,7 +18,8 @@ from drivetrain.data.batch import Batch, batch_from_windows
 from drivetrain.kernels.linear_cross_entropy import linear_cross_entropy
 from drivetrain.model.flops import parameter_count
 from drivetrain.model.initialize import initialize
-from drivetrain.model.memory import block_activations, element_bytes, estimate, sequences_per_rank
+from drivetrain.model.memory import block_activations, estimate, sequences_per_rank
+from drivetrain.model.memory_engines import element_bytes
 from drivetrain.model.parallelize import recompute_and_compile
 from drivetrain.model.transformer import build_model
 from drivetrain.train.build import build_engine

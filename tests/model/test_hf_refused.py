@@ -84,7 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "torn rope": (
         "Llama",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}},
-        "has a rope_type 'llama3' without 'low_freq_factor'; copy it again",
+        "has no rope_parameters.low_freq_factor; copy it again",
     ),
     "quantised": (
         "Llama",
@@ -95,7 +95,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "theta": (
         "Llama",
         {"rope_parameters": {"rope_type": "default", "rope_theta": "big"}},
-        "says rope_theta='big', which is no float; copy it again",
+        "says rope_parameters.rope_theta='big', which is no float; copy it again",
     ),
     "wrong type": ("Llama", {"hidden_size": "x"}, "says hidden_size='x', which is no int; copy it again"),
     "some layers": (

@@ -12,15 +12,8 @@ import pytest
 from drivetrain.conf.compose import compose
 from drivetrain.conf.schema import Device, RunConfig
 from drivetrain.model.flops import parameter_count
-from drivetrain.model.memory import (
-    MOMENTS,
-    PARTS,
-    USABLE,
-    choose_micro_batch,
-    estimate,
-    moment_bytes,
-    sequences_per_rank,
-)
+from drivetrain.model.memory import MOMENTS, PARTS, USABLE, choose_micro_batch, estimate, sequences_per_rank
+from drivetrain.model.memory_engines import moment_bytes
 
 RANKS = 2
 SMALL = [
@@ -126,6 +119,18 @@ def test_replicas_share_less_and_offload_moves_state_to_the_host() -> None:
     stay, moved = (estimate(config("engine=zero", f"engine.offload={flag}"), 4) for flag in ("false", "true"))
     assert stay.host == 0 < stay.by_moment["update"]["optimizer"] < moved.host
     assert moved.by_moment["update"]["optimizer"] == 0
+
+
+def test_a_copy_that_samples_beside_training_is_counted() -> None:
+    words = ["stage=grpo", "model=tiny", "engine.precision=bf16"]
+    plain = estimate(compose(words), 1)
+    for word in ("stage.rollout.copy=true", "stage.rollout.max_staleness=1"):
+        beside = estimate(compose([*words, word]), 1)
+        for moment in MOMENTS:
+            more = beside.by_moment[moment]["weights"] - plain.by_moment[moment]["weights"]
+            assert more == 2 * parameter_count(compose(words).model).total
+    other = ["stage.rollout.engine=endpoint", "stage.rollout.max_staleness=1"]
+    assert estimate(compose([*words, *other]), 1) == plain
 
 
 def test_muon_has_one_moment_for_matrices() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from drivetrain.data.build import build
-from drivetrain.data.shards import Manifest, ShardWriter, dtype_for
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest, dtype_for
 from drivetrain.data.tokenizer import train_tokenizer
 
 EOS = 0

@@ -5,6 +5,8 @@ folder}. The rewards are those of `reward` below.
 """
 
 import hashlib
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,18 @@ def reward(samples: Sequence[Sample]) -> list[float]:
         sum(letter in "aeiou" for letter in sample.completion) / max(1, len(sample.completion))
         for sample in samples
     ]
+
+
+def hangs_once(samples: Sequence[Sample]) -> list[float]:
+    """As `reward`, but for the first problem of rank 1, with which it never comes to an end."""
+    if os.environ["RANK"] == "1":
+        hung.setdefault("problem", repr(samples[0].reference))
+        if any(repr(sample.reference) == hung["problem"] for sample in samples):
+            threading.Event().wait()
+    return reward(samples)
+
+
+hung: dict[str, str] = {}
 
 
 def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
@@ -65,6 +79,7 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
                 "rollout": hashlib.sha256(text.encode()).hexdigest(),
                 "digest": world.sum_u64(sum(batch.digest for batch in batches) % (1 << 64)),
                 "norm": result.grad_norm,
+                "prompts": [group.number for group in stage.rollouts.groups],
             }
         )
         if case.get("save_after") == step:

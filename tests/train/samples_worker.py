@@ -16,8 +16,8 @@ from drivetrain.model.generate import Generator, Request, Sampling
 from drivetrain.model.initialize import initialize
 from drivetrain.model.transformer import Transformer, build_model
 from drivetrain.train.build import build_engine
+from drivetrain.train.engine.base import copy_weights
 from drivetrain.train.mesh import World
-from drivetrain.train.serve import copy_weights
 from drivetrain.train.stages.pretrain import PretrainStage
 
 OFTEN = 5  # the token that rank 0 would draw for ever

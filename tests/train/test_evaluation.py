@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.data.build import build
-from drivetrain.data.tokenizer import load_tokenizer
 from drivetrain.model.generate import Request, Sampling
 from drivetrain.train.evaluation.items import item_of, read_items
-from drivetrain.train.evaluation.loss import Shards, check_tokenizer, held_out_loss
+from drivetrain.train.evaluation.loss import Shards, check_tokenizer, held_out_loss, perplexity
 from drivetrain.train.evaluation.memorisation import Probe, draw_documents, memorisation
-from drivetrain.train.evaluation.score import Pair, Score, Scorer, text_pair
+from drivetrain.train.evaluation.score import Pair, Score, Scorer, Texts
 from drivetrain.train.evaluation.tasks import (
     TaskOptions,
     answer_of,
@@ -130,14 +129,14 @@ def test_a_pair_that_cannot_be_scored_is_refused(sampler: Sampler, pair: Pair, s
         Scorer(sampler.opened).score([pair])
 
 
-def test_white_space_belongs_to_the_continuation(tiny_tokenizer: Path) -> None:
-    made = load_tokenizer(tiny_tokenizer)
+def test_white_space_belongs_to_the_continuation(opened: OpenModel) -> None:
+    texts, made = Texts(opened), opened.tokenizer
     with_space, without = (
-        text_pair(made, text, choice, 7) for text, choice in [("the cat ", "sat"), ("the cat", " sat")]
+        texts.pair(text, choice) for text, choice in [("the cat ", "sat"), ("the cat", " sat")]
     )
     assert with_space == without
     assert made.decode(list(without.context)) == "the cat"
-    assert text_pair(made, "", "a", 7) == Pair((7,), tuple(made.encode("a").ids))
+    assert texts.pair("", "a") == Pair((opened.eos_ids[0],), tuple(made.encode("a").ids))
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
@@ -151,11 +150,11 @@ def write_lines(path: Path, records: list[Any]) -> Path:
 def planted(sampler: Sampler, folder: Path, chat: bool = False) -> Path:
     """Questions whose right choice is what the model itself says, and whose wrong one it would never say."""
     opened = sampler.opened
-    scorer, made = Scorer(opened), opened.tokenizer
+    scorer, texts = Scorer(opened), Texts(opened)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     records = []
     for word in ("cat", "mat", "the", "on"):
-        pairs = [text_pair(made, f"Question: {word}\nAnswer:", f" {letter}", 0) for letter in letters]
+        pairs = [texts.pair(f"Question: {word}\nAnswer:", f" {letter}") for letter in letters]
         order = sorted(range(26), key=lambda i: -scorer.score([pairs[i]])[0].logprob)
         best, worst = letters[order[0]], letters[order[-1]]
         records.append({"question": word, "choices": [worst, best], "answer": best})
@@ -182,7 +181,7 @@ def test_length_normalisation_divides_by_characters(sampler: Sampler, tmp_path: 
     one, other = row["logprobs"]
     assert row["chosen"] == int(other > one)
     assert row["chosen_norm"] == int(other / len(record["choices"][1]) > one)
-    pair = text_pair(sampler.tokenizer, "the cat", " a", 0)
+    pair = Texts(sampler.opened).pair("the cat", " a")
     assert one == pytest.approx(Scorer(sampler.opened).score([pair])[0].logprob, abs=1e-5)
 
 
@@ -410,6 +409,11 @@ def test_the_loss_is_a_plain_mean_over_the_windows(sampler: Sampler, shards: Pat
     assert found["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / sum(lengths), rel=1e-4)
 
 
+def test_a_loss_that_no_float_holds_the_perplexity_of() -> None:
+    assert perplexity(709.0) == math.exp(709) and perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(710.0) is None
+
+
 def test_splits_budgets_and_several_directories(sampler: Sampler, shards: Path) -> None:
     opened = sampler.opened
     held, train = (
@@ -471,7 +475,8 @@ def test_memorisation_is_what_greedy_decoding_gives_back(sampler: Sampler, shard
 
 def test_a_document_learned_by_heart_is_found(sampler: Sampler, shards: Path, tmp_path: Path) -> None:
     """Training documents that the model itself wrote come back whole."""
-    from drivetrain.data.shards import Manifest, ShardWriter
+    from drivetrain.data.shard_writer import ShardWriter
+    from drivetrain.data.shards import Manifest
 
     manifest = Manifest.read(shards)
     rng = np.random.default_rng(2)

@@ -1,13 +1,16 @@
 """EleutherAI's harness on our models, beside its own backend for transformers. Needs the extra `eval`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from drivetrain.conf.errors import ConfigError, DrivetrainError
+from drivetrain.data.tokenizer import load_tokenizer
 from drivetrain.train.evaluation.tasks import TaskOptions, load_task, run_task
 from drivetrain.train.serve import Sampler
 
@@ -80,7 +83,21 @@ def numbers(found: Any) -> dict[str, dict[str, float]]:
     }
 
 
-def test_numbers_are_those_of_the_harness_on_transformers(source: Path, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def begun(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model; its tokenizer begins a text with a token."""
+    folder = tmp_path_factory.mktemp("begun") / "model"
+    shutil.copytree(source, folder)
+    tokenizer = load_tokenizer(folder)
+    ids = [("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|im_start|>"}))
+    return folder
+
+
+def same_numbers(source: Path, folder: Path, tasks: list[str], **theirs_options: Any) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -88,20 +105,30 @@ def test_numbers_are_those_of_the_harness_on_transformers(source: Path, folder: 
     from drivetrain.train.evaluation.harness import DrivetrainLM
 
     def run(model: Any) -> Any:
-        tasks = [str(folder / f"{name}.yaml") for name in TASKS]
+        paths = [str(folder / f"{name}.yaml") for name in tasks]
         return lm_eval.simple_evaluate(
-            model=model, tasks=tasks, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
+            model=model, tasks=paths, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
         )
 
     ours = run(DrivetrainLM(source))
-    theirs = run(HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=1))
-    assert set(numbers(ours)) == {"local_choices", "local_free", "local_rolling"}
+    theirs = run(HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=1, **theirs_options))
+    assert set(numbers(ours)) == {f"local_{name}" for name in tasks}
     for task, found in numbers(theirs).items():
         assert numbers(ours)[task] == pytest.approx(found, abs=1e-5)
     for task, samples in ours["samples"].items():
         for one, other in zip(samples, theirs["samples"][task], strict=True):
             for mine, their in zip(_flat(one["resps"]), _flat(other["resps"]), strict=True):
                 assert mine == (pytest.approx(their, abs=1e-3) if isinstance(their, float) else their)
+
+
+def test_numbers_are_those_of_the_harness_on_transformers(source: Path, folder: Path) -> None:
+    same_numbers(source, folder, list(TASKS))
+
+
+def test_texts_begin_as_they_do_there(begun: Path, folder: Path) -> None:
+    same_numbers(begun, folder, ["choices", "free"])
+    # The first token of all is given and not scored; there it is both, unless it is not added to the text.
+    same_numbers(begun, folder, ["rolling"], add_bos_token=False)
 
 
 def _flat(value: Any) -> list[Any]:

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from drivetrain.conf.compose import compose
 from drivetrain.conf.errors import CheckpointError
 from drivetrain.data.loader import PretrainSource, share_of
-from drivetrain.data.shards import Manifest, ShardWriter
+from drivetrain.data.shard_writer import ShardWriter
+from drivetrain.data.shards import Manifest
 from drivetrain.kernels.attention import make_documents
 from drivetrain.model.transformer import build_model, fused_rows, logits
 from drivetrain.train import adapters

@@ -1,9 +1,14 @@
 """Problems are a function of (seed, number), and held-out ones stay held out."""
 
+import time
+from dataclasses import replace
+
 import pytest
 
 from drivetrain.conf.errors import ConfigError
-from drivetrain.train.rl.environments import HELD_OUT_SEED, GymEnvironment, build_environment
+from drivetrain.train.rl import gym_problems
+from drivetrain.train.rl.environments import build_environment
+from drivetrain.train.rl.gym_problems import HELD_OUT_SEED, GymEnvironment
 from drivetrain.train.rl.rewards import Sample
 
 SUMS = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
@@ -42,6 +47,31 @@ def test_an_answer_gets_its_mark() -> None:
     ]
     parts = environment.reward.score(samples)
     assert environment.correct(parts) == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["arc_agi", "countdown", "rubiks_cube", "basic_arithmetic"])
+def test_right_answers_are_right_behind_the_walls_too(kind: str) -> None:
+    """Entries with tuples (arc_agi), ones that are computed with (countdown)."""
+    environment = GymEnvironment(f"reasoning_gym:{kind}", 0, 1)
+    problem = environment.problem(0)
+    samples = [Sample(problem.messages, text, 1, "stop", problem.reference) for text in ("x", "")]
+    if kind != "rubiks_cube":  # which has no one right answer
+        samples.append(replace(samples[0], completion=problem.reference["answer"]))
+    marks = environment.reward.score(samples)["correct"]
+    assert max(marks[:2]) < 1 and marks[2:] in ([], [1.0])
+    environment.close()
+
+
+def test_an_answer_that_takes_forever_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gym_problems, "SECONDS", 1.0)
+    environment = GymEnvironment("reasoning_gym:countdown", 0, 1)
+    problem = environment.problem(0)
+    answers = ["9**9**9**9", problem.reference["answer"]]
+    samples = [Sample(problem.messages, text, 1, "stop", problem.reference) for text in answers]
+    began = time.monotonic()
+    assert environment.correct(environment.reward.score(samples)) == [False, True]
+    assert time.monotonic() - began < 60
+    environment.close()
 
 
 WRONG = {

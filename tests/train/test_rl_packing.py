@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drivetrain.conf.schema import GrpoConfig, Importance, KlEstimator, Variant
+from drivetrain.conf.schema import GrpoConfig, Importance, KlEstimator, ModelConfig, Variant
 from drivetrain.data.batch import Batch
-from drivetrain.model.generate import Completion
+from drivetrain.model.initialize import initialize
+from drivetrain.model.transformer import build_model
+from drivetrain.train.rl.episodes import Trajectory
 from drivetrain.train.rl.packing import pack
-from drivetrain.train.rl.policy import policy_loss, trained_places
+from drivetrain.train.rl.policy import logprobs_of, policy_loss, trained_places
 from drivetrain.train.rl.rollout import Group
 from drivetrain.train.rl.source import weighted
 
@@ -32,16 +34,23 @@ def config(variant: Variant) -> GrpoConfig:
     )
 
 
+def trajectory(rng: np.random.Generator, length: int) -> Trajectory:
+    """`length` tokens of the model's; where they are even, with 3 of the environment's after the first half."""
+    written = [True] * length
+    if length % 2 == 0:
+        written[length // 2 : length // 2] = [False] * 3
+    return Trajectory(
+        rng.integers(1, 50, len(written)).tolist(), written, [], (-rng.random(length)).tolist(), "stop"
+    )
+
+
 def groups(lengths_PG: list[list[int]], seed: int) -> list[Group]:
     rng = np.random.default_rng(seed)
     return [
         Group(
             number,
             rng.integers(1, 50, int(rng.integers(1, 9))).tolist(),
-            [
-                Completion(rng.integers(1, 50, length).tolist(), [], (-rng.random(length)).tolist(), "stop")
-                for length in lengths
-            ],
+            [trajectory(rng, length) for length in lengths],
         )
         for number, lengths in enumerate(lengths_PG)
     ]
@@ -93,7 +102,7 @@ def step(
 @given(
     lengths_PG=st.lists(st.lists(st.integers(1, LONGEST), min_size=2, max_size=2), min_size=1, max_size=6),
     seed=st.integers(0, 100),
-    row_len=st.integers(20, 60),
+    row_len=st.integers(24, 60),
     micro_batch=st.integers(1, 4),
     ranks=st.integers(1, 5),
 )
@@ -131,7 +140,7 @@ def test_the_loss_is_the_mean_that_the_variant_names() -> None:
         )
         total = 0.0
         for rank in range(2):
-            for batch in weighted(pack(made, 16, 1, rank, 2, 0), made, advantages_PG, cfg):
+            for batch in weighted(pack(made, 24, 1, rank, 2, 0), made, advantages_PG, cfg):
                 at_K = trained_places(batch)
                 logprobs_K = as_if(batch.targets_T[at_K], 0.0)
                 (minimise, _), _ = policy_loss(logprobs_K, torch.zeros_like(logprobs_K), batch, at_K, cfg)
@@ -141,12 +150,65 @@ def test_the_loss_is_the_mean_that_the_variant_names() -> None:
 
 def test_what_is_known_of_a_token_stands_where_it_is_predicted() -> None:
     made = [
-        Group(0, [5, 6], [Completion([7, 8], [], [-0.25, -0.5], "stop"), Completion([9], [], [-1.0], "stop")])
+        Group(
+            0,
+            [5, 6],
+            [Trajectory([7, 8], [True] * 2, [], [-0.25, -0.5]), Trajectory([9], [True], [], [-1.0])],
+        )
     ]
-    (batch,) = pack(made, 8, 1, 0, 1, 0).batches
+    (batch,) = pack(made, 8, 1, 0, 1, 0, share=False).batches
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 5, 6, 9, 0]
     assert batch.loss_weights_T.tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
-    assert batch.behaviour_logprobs_T is not None
+    assert batch.behaviour_logprobs_T is not None and batch.branches_2T is None
     assert batch.behaviour_logprobs_T.tolist() == [0, -0.25, -0.5, 0, 0, -1.0, 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert batch.targets_T[1:3].tolist() == [7, 8] and batch.targets_T[5] == 9
+
+    (batch,) = pack(made, 8, 1, 0, 1, 0).batches
+    assert batch.tokens_T.tolist() == [5, 6, 7, 8, 6, 9, 0, 0]
+    assert batch.loss_weights_T.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
+    assert batch.behaviour_logprobs_T is not None and batch.branches_2T is not None
+    assert batch.behaviour_logprobs_T.tolist() == [0, -0.25, -0.5, 0, -1.0, 0, 0, 0]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 1, 2, 0, 1]
+    assert batch.branches_2T.tolist() == [[0, 1, 1, 1, 4, 4, 6, 6], [0, 1, 1, 1, 1, 1, 6, 6]]
+    assert batch.cu_seqlens.tolist() == [0, 6, 8]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_prompt_in_common_changes_no_log_probability(backend: str) -> None:
+    cfg = ModelConfig(
+        name="x", dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_dim=32, vocab_size=64, max_seq_len=64
+    )
+    model = build_model(cfg, backend)
+    model.to_empty(device="cpu")
+    initialize(model, cfg, 0)
+    made = groups([[3, 8, 5], [12, 2, 7], [4, 4, 4]], seed=3)
+    found = []
+    for share in (False, True):
+        packed = pack(made, 48, 2, 0, 1, pad_id=0, share=share)
+        logprobs: dict[int, Tensor] = {}
+        for batch, spans in zip(packed.batches, packed.spans, strict=True):
+            at_K = trained_places(batch)
+            out_T = torch.zeros(batch.tokens)
+            with torch.no_grad():
+                out_T[at_K] = logprobs_of(model, batch, at_K, cfg, backend, 1.0)[0]
+            logprobs |= {span.sequence: out_T[span.places] for span in spans}
+        found.append(torch.cat([logprobs[number] for number in range(9)]))
+        assert share == any(batch.branches_2T is not None for batch in packed.batches)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_unknown_log_probability_are_corrected_by_nothing() -> None:
+    """Those of a frozen model, which another learns from: their ratio to the weights before the step is 1."""
+    nan = float("nan")
+    made = [
+        Group(0, [5], [Trajectory([7, 8], [True] * 2, [], [nan, nan]), Trajectory([9], [True], [], [-9.0])])
+    ]
+    cfg = config(Variant.dapo)
+    (batch,) = weighted(pack(made, 24, 1, 0, 1, 0), made, np.ones((1, 2)), cfg)
+    at_K = trained_places(batch)
+    logprobs_K = torch.full(at_K.shape, -1.0)
+    object.__setattr__(batch, "reference_logprobs_T", None)
+    (minimise, sums), gap_K = policy_loss(logprobs_K, torch.zeros_like(logprobs_K), batch, at_K, cfg)
+    assert sorted(gap_K.tolist()) == [0, 0, 8]  # -1 against -9
+    assert float(sums["rl/importance"]) == 1 + 1 + cfg.importance_cap and minimise.isfinite()

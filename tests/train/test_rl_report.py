@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from drivetrain.model.generate import Completion
 from drivetrain.train.mesh import World
 from drivetrain.train.rl.alarms import RlAlarms
-from drivetrain.train.rl.report import Gap, rollout_metrics
+from drivetrain.train.rl.episodes import Trajectory
+from drivetrain.train.rl.report import Gap, rollout_metrics, unscored
 from drivetrain.train.rl.rollout import Group
 
 
 def group(correct: list[bool], lengths: list[int], cut: bool = False) -> Group:
-    ones = [Completion([1] * n, [], [0.0] * n, "length" if cut else "stop") for n in lengths]
+    ones = [
+        Trajectory([1] * (n + 2), [False] * 2 + [True] * n, [], [0.0] * n, "length" if cut else "stop", 2)
+        for n in lengths
+    ]
     marks = [float(mark) for mark in correct]
     return Group(
         0, [1], ones, {"correct": marks, "format": [0.5, 0.5]}, [mark + 0.5 for mark in marks], correct
@@ -38,6 +41,9 @@ def test_the_numbers_of_a_step() -> None:
         "rl/truncated": 1 / 3,
         "rl/tokens": 24.0,
         "rl/unscored": 0.0,
+        "rl/failed": 0.0,
+        "rl/turns_mean": 2.0,
+        "rl/observation_tokens_mean": 2.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
@@ -70,3 +76,22 @@ def test_growing_without_getting_better_is_said() -> None:
     said = [line for step in range(20) for line in longer.check(step, 1, 0.5, 0.5, 10 + step)]
     assert len(said) == 1 and "completions have grown from 14 to 24 tokens" in said[0]
     assert not [line for step in range(20) for line in better.check(step, 1, 0.02 * step, 0.5, 10 + step)]
+
+
+def test_parts_that_could_not_be_scored_are_counted_and_said_once() -> None:
+    """A part that one prompt alone has is no part of the others; what was dropped is counted elsewhere."""
+    nan = float("nan")
+    one, other = group([True, True], [1, 2]), group([True, False], [3, 4])
+    one.parts, other.parts = {"a": [nan, 1.0], "own": [nan, nan]}, {"a": [3.0, 2.0]}
+    found = rollout_metrics([one, other])
+    assert found["rl/reward/a"] == 2.0 and "rl/reward/own" not in found
+    assert found["rl/unscored"] == 3 and found["rl/unscored/a"] == 1 and found["rl/unscored/own"] == 2
+    other.parts["a"] = [3.0, nan]
+    other.completions[1].finish_reason = "failed"
+    many = unscored([one, other])
+    assert many == {"a": 1, "own": 2}
+    alarms = RlAlarms(10)
+    (sentence,) = alarms.unscored(1, {**many, "b": 3}, 4)
+    assert sentence.startswith("step 1: 3 of 4 completions could not be scored by b and go without it")
+    assert alarms.unscored(2, {"b": 4}, 4) == [] and alarms.unscored(3, {"b": 0}, 4) == []
+    assert len(alarms.unscored(4, {"b": 4}, 4)) == 1

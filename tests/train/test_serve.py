@@ -1,19 +1,17 @@
-"""A Hugging Face directory as something that talks, in Python and on the command line."""
+"""A Hugging Face directory as something that talks."""
 
-import json
-import sys
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
-from drivetrain.launch import cli
 from drivetrain.model.generate import Sampling
-from drivetrain.train.serve import Sampler, TextStream, open_model
+from drivetrain.train.serve import Sampler, open_model
 
 WORDS = "the cat sat on the mat, and the dog saw it; naïve façades — 北京 東京 🙂 "
 
@@ -44,22 +42,6 @@ def sampler(source: Path) -> Sampler:
     return Sampler(source)
 
 
-Cli = Callable[..., str]
-
-
-@pytest.fixture
-def generate(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["drivetrain", "generate", str(source), *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert ended.value.code == 0, err
-        return out
-
-    return call
-
-
 def test_a_source_is_opened_with_all_its_end_tokens(source: Path) -> None:
     opened = open_model(source)
     tokenizer = load_tokenizer(source)
@@ -77,39 +59,12 @@ def test_what_is_no_source_is_refused(source: Path, tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_text_comes_in_whole_characters(source: Path) -> None:
-    tokenizer = load_tokenizer(source)
-    for text in (WORDS, " a  b", "🙂🙂", "naïve\n\n 北"):
-        stream = TextStream(tokenizer)
-        pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
-        assert "".join(pieces) + stream.finish() == text
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [
-        (["the dog"], "the cat sat on the mat, and "),
-        (["never", "t on", "mat"], "the cat sa"),
-        (["it; naïve façades — 北京 東京 🙂 x"], WORDS),
-        (["🙂 "], WORDS[:-2]),
-    ],
-)
-def test_text_ends_before_a_stop_text(source: Path, stop: list[str], expected: str) -> None:
-    tokenizer = load_tokenizer(source)
-    stream = TextStream(tokenizer, stop)
-    told = ""
-    for token in tokenizer.encode(WORDS).ids:
-        told += stream.push(token)
-        assert expected.startswith(told)
-    assert told + stream.finish() == expected
-
-
 def test_streams_and_completions_are_the_same(sampler: Sampler) -> None:
-    first = sampler.complete(sampler.request("the", Sampling(max_tokens=30)))[0]["text"]
+    prompts = sampler.prompts
+    first = sampler.complete(prompts.continued("the", Sampling(max_tokens=30)))[0]["text"]
     stop = first[10:12]
     for sampling in (Sampling(max_tokens=30), Sampling(max_tokens=30, stop=(stop,))):
-        request = sampler.request("the", sampling)
+        request = prompts.continued("the", sampling)
         pieces = list(sampler.stream(request))
         (whole,) = sampler.complete(request)
         assert "".join(piece.text for piece in pieces) == whole["text"]
@@ -118,29 +73,47 @@ def test_streams_and_completions_are_the_same(sampler: Sampler) -> None:
     assert whole["text"] == first[: first.index(stop)] and whole["finish_reason"] == "stop"
 
 
-def test_special_tokens_count_as_stop_texts(sampler: Sampler) -> None:
-    token = sampler.tokenizer.token_to_id("<|im_start|>")
-    request = sampler.request("a", Sampling(stop=("<|im_start|>", "b")))
-    assert request.sampling.stop_tokens == (token,)
+def test_a_text_and_its_completion_are_one_text(sampler: Sampler) -> None:
+    """Whether it streams or not, as the tokenizer decodes prompt and completion together."""
+    tokenizer = sampler.tokenizer
+    for seed in range(5):
+        request = sampler.prompts.continued("the cat", Sampling(max_tokens=20, temperature=2.0, seed=seed))
+        (found,) = sampler.complete(request)
+        whole = tokenizer.decode([*request.prompt, *found["tokens"]]).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert "the cat" + found["text"] == whole
+        assert "".join(piece.text for piece in sampler.stream(request)) == found["text"]
 
 
-def test_a_chat_request_ends_with_the_turn(sampler: Sampler) -> None:
-    request = sampler.chat_request([{"role": "user", "content": "the cat"}], Sampling())
-    text = sampler.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
-    assert text.startswith("<|im_start|>user\nthe cat<|im_end|>") and text.endswith("<|im_start|>assistant\n")
-    assert sampler.tokenizer.token_to_id("<|im_end|>") in request.sampling.stop_tokens
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
+    """With a tokenizer as SentencePiece makes them: words begin with a space, but for the first of a text."""
+    folder = tmp_path_factory.mktemp("spaced")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator([WORDS * 20], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    return Sampler(folder)
 
 
-def test_the_command_line(generate: Cli) -> None:
-    words = ("--prompt", "the cat", "--max-tokens", "9", "--seed", "3")
-    lines = generate(*words, "--samples", "3", "--json").splitlines()
-    found = [json.loads(line) for line in lines]
-    assert len({tuple(each["tokens"]) for each in found}) == 3
-    assert all(set(each) == {"text", "tokens", "logprobs", "finish_reason"} for each in found)
-    assert generate(*words) == f"the cat{found[0]['text']}\n"
-    filtered = generate(*words, "--top-k", "1", "--top-p", "0.9", "--min-p", "0.1")
-    assert filtered == generate(*words, "--temperature", "0")
-    stop = found[0]["text"][3]
-    assert generate(*words, "--stop", stop) == f"the cat{found[0]['text'].split(stop)[0]}\n"
-    assert not generate(*words, "--chat").startswith("the cat")
-    assert generate(*words, "--samples", "2").count("sample") == 2
+def test_a_space_at_the_beginning_is_told_and_may_begin_a_stop_text(spaced: Sampler) -> None:
+    begun = 0
+    for seed in range(30):
+        request = spaced.prompts.continued("the cat", Sampling(max_tokens=6, temperature=2.0, seed=seed))
+        (found,) = spaced.complete(request)
+        whole = spaced.tokenizer.decode([*request.prompt, *found["tokens"]])
+        assert "".join(piece.text for piece in spaced.stream(request)) == found["text"]
+        assert "the cat" + found["text"] == whole
+        if found["text"].startswith(" ") and len(found["text"]) > 2:
+            begun += 1
+            stopping = dataclasses.replace(request.sampling, stop=(found["text"][:2],))
+            (stopped,) = spaced.complete(dataclasses.replace(request, sampling=stopping))
+            assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
+            assert len(stopped["tokens"]) <= 2
+    assert begun > 3

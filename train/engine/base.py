@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drivetrain.data.batch import Batch
 from drivetrain.model.lora import adapter_parameters, base_parameters, merged_tensors
-from drivetrain.model.transformer import Transformer
+from drivetrain.model.transformer import Transformer, unique_parameters
 from drivetrain.train.mesh import World
 
 # Sums over a micro-batch: the number to minimise, then whatever the stage reports, all weighted by the loss
@@ -124,6 +124,17 @@ class Engine(ABC):
     @abstractmethod
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """One whole parameter in fp32 on the CPU. Collective."""
+
+
+def copy_weights(engine: Engine, model: Transformer) -> None:
+    """An engine's whole weights into a plain model of the same shape, in place and in its dtype. Collective.
+
+    For a sampler beside training, in place of sampling on the engine's own sharded model: that gathers all weights
+    for every token, this once. It costs a copy of the model on every rank.
+    """
+    mine = dict(unique_parameters(model))
+    for name, whole in engine.full_weights():
+        mine[name].detach().copy_(whole)
 
 
 def _add(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import AdamWConfig, ModelConfig, OptimConfig, Precision, ZeroConfig
 from drivetrain.kernels.attention import make_documents
-from drivetrain.model.memory import BUCKET
+from drivetrain.model.memory_engines import BUCKET
 from drivetrain.model.parallelize import recompute_and_compile
 from drivetrain.model.transformer import Transformer
 from drivetrain.train.engine.base import Engine, Fill, StepResult

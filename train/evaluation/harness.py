@@ -20,14 +20,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.data.chat import Chat
-from drivetrain.data.tokenizer import chat_templates, tokenizer_hash
+from drivetrain.data.tokenizer import chat_templates, text_ids, tokenizer_hash
 from drivetrain.model.generate import Sampling
-from drivetrain.train.evaluation.score import Advance, Pair, Scorer, silent
-from drivetrain.train.evaluation.tasks import complete, cut_to_fit
+from drivetrain.train.evaluation.score import DTYPES, Advance, Pair, Scorer, Texts, silent
+from drivetrain.train.evaluation.tasks import HARNESS, complete, cut_to_fit
 from drivetrain.train.serve import Sampler, open_model
 
-HARNESS = "lm_eval:"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_TOKENS = 256  # of a generation whose task does not say
 
 
@@ -60,6 +58,7 @@ class DrivetrainLM(TemplateLM):
         self.sampler, self.opened = source, source.opened
         self.advance = advance
         self._device = self.opened.device
+        self._texts = Texts(source.opened)
         self._chat: Chat | None = None
 
     @property
@@ -67,14 +66,18 @@ class DrivetrainLM(TemplateLM):
         return self.opened.eos_ids[0]
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text without context follows."""
+        return self._texts.first
+
+    @property
     def max_length(self) -> int:
         return self.opened.cfg.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """What a chat template wrote has its own special tokens."""
-        special = self._chat is None if add_special_tokens is None else add_special_tokens
-        ids: list[int] = self.opened.tokenizer.encode(string, add_special_tokens=special).ids
-        return ids
+        begun = self._chat is None if add_special_tokens is None else add_special_tokens
+        return text_ids(self.opened.tokenizer, self._texts.bos if begun else None, string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -87,7 +90,7 @@ class DrivetrainLM(TemplateLM):
         pairs, owners = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -105,13 +108,11 @@ class DrivetrainLM(TemplateLM):
         for request in requests:
             text, settings = request.args
             sampling = sampling_of(settings)
-            asked = self.sampler.request(text, sampling)
-            if self._chat is not None:
-                asked = type(asked)(self.tok_encode(text), asked.sampling)
+            asked = self.sampler.prompts.continued(self.tok_encode(text), sampling)
             prepared.append(cut_to_fit(asked, self.max_length)[0])
         completions = complete(self.sampler, prepared, self.advance)
         return [
-            self.sampler.text(each, request.sampling)
+            self.sampler.text(each, request.sampling, request.prompt)
             for each, request in zip(completions, prepared, strict=True)
         ]
 

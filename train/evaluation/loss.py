@@ -78,8 +78,8 @@ def check_tokenizer(opened: OpenModel, directory: Path) -> Manifest:
 
 
 def held_out_loss(opened: OpenModel, shards: Shards, advance: Advance = silent) -> dict[str, Any]:
-    """`loss` (nats a token), `perplexity` (its exponential), `bits_per_byte` and how many `tokens` were predicted;
-    with several directories also `sources`, each one's loss and bits per byte by name.
+    """`loss` (nats a token), `perplexity` (its exponential; None: it overflows), `bits_per_byte`, and `tokens`, how
+    many were predicted; with several directories also `sources`, each one's loss and bits per byte by name.
 
     Of conversations the assistant's tokens count. `advance` is told of batches.
 
@@ -104,7 +104,7 @@ def held_out_loss(opened: OpenModel, shards: Shards, advance: Advance = silent) 
     found = held_out.evaluate(runner, loss)
     result: dict[str, Any] = {
         "loss": found["eval/loss"],
-        "perplexity": math.exp(found["eval/loss"]),
+        "perplexity": perplexity(found["eval/loss"]),
         "bits_per_byte": found["eval/bits_per_byte"],
         "tokens": runner.tokens,
     }
@@ -112,6 +112,14 @@ def held_out_loss(opened: OpenModel, shards: Shards, advance: Advance = silent) 
         keys = ("loss", "bits_per_byte")
         result["sources"] = {name: {key: found[f"eval/{name}/{key}"] for key in keys} for name in sources}
     return result
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where no float holds it (from 709.8 nats on), since JSON has no infinity."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def _sequences(opened: OpenModel, shards: Shards) -> dict[str, Sequences]:

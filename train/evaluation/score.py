@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from drivetrain.data.packing import best_fit
-from drivetrain.data.tokenizer import vocab_size
+from drivetrain.data.tokenizer import bos_id, text_ids, vocab_size
 from drivetrain.kernels.attention import Documents, make_documents
 from drivetrain.model.transformer import logits
 from drivetrain.train.serve import OpenModel
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may be evaluated in
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # of one pass
 MOST_LOGITS = 1 << 26  # in memory at once: 256 MiB in fp32
 Advance = Callable[[int, int], object]  # told how many more are done, of how many in all
@@ -225,20 +225,28 @@ def _statistics(
     return torch.cat(found, dim=1)
 
 
-def text_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> Pair:
-    """A text and what follows it, as tokens of the two together: a word is cut where the tokenizer cuts it.
+class Texts:
+    """Texts as the model's tokens, begun as documents of its shards begin."""
 
-    White space at the end of the context belongs to the continuation, since most tokenizers make it part of the
-    next word. Where the two texts meet within a token, that token is scored.
+    def __init__(self, opened: OpenModel) -> None:
+        self.tokenizer = opened.tokenizer
+        self.bos = bos_id(opened.tokenizer_dir)
+        self.first = (
+            opened.eos_ids[0] if self.bos is None else self.bos
+        )  # what a document's first token follows
 
-    Args:
-        first: what stands before the first token of a text without context.
-    """
-    bare = context.rstrip()
-    whole = tokenizer.encode(context + continuation).ids
-    before = tokenizer.encode(bare).ids
-    pairs = zip(before, whole[:-1], strict=False)
-    shared = next(
-        (i for i, (one, other) in enumerate(pairs) if one != other), min(len(before), len(whole) - 1)
-    )
-    return Pair(tuple(whole[:shared]) or (first,), tuple(whole[shared:]))
+    def tokens(self, text: str) -> list[int]:
+        return text_ids(self.tokenizer, self.bos, text)
+
+    def pair(self, context: str, continuation: str) -> Pair:
+        """A text and what follows it, as tokens of the two together: a word is cut where the tokenizer cuts it.
+
+        White space at the end of the context belongs to the continuation, since most tokenizers make it part of the
+        next word. Where the two texts meet within a token, that token is scored. Without context, `first` is it.
+        """
+        whole, before = self.tokens(context + continuation), self.tokens(context.rstrip())
+        pairs = zip(before, whole[:-1], strict=False)
+        shared = next(
+            (i for i, (one, other) in enumerate(pairs) if one != other), min(len(before), len(whole) - 1)
+        )
+        return Pair(tuple(whole[:shared]) or (self.first,), tuple(whole[shared:]))

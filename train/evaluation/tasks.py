@@ -16,9 +16,10 @@ from drivetrain.data.readers import Unusable
 from drivetrain.model.generate import Completion, Request, Sampling
 from drivetrain.train.evaluation.gym import GYM, gym_items
 from drivetrain.train.evaluation.items import Item, read_items
-from drivetrain.train.evaluation.score import Advance, Pair, Scorer, silent, text_pair
+from drivetrain.train.evaluation.score import Advance, Pair, Scorer, Texts, silent
 from drivetrain.train.serve import OpenModel, Sampler
 
+HARNESS = "lm_eval:"  # what the names of EleutherAI's tasks begin with
 BETWEEN = "\n\n"  # examples of a prompt; where a model without a chat template would begin another one
 THOUGHT = "</think>"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")
@@ -113,6 +114,7 @@ class _Asker:
             isinstance(item.question, list) for item in [*task.items, *(task.pool or [])]
         )
         self.chat = Chat(opened.tokenizer_dir) if needed else None
+        self.texts = Texts(opened)
 
     def shots(self, number: int) -> list[Item]:
         """For the question with this number, never itself."""
@@ -195,10 +197,7 @@ def _pairs(opened: OpenModel, asker: _Asker, number: int, item: Item) -> list[Pa
         pairs = [Pair(prompt, tuple(encode(each, add_special_tokens=False).ids)) for each in item.choices]
     else:
         text = asker.text(number, item)
-        pairs = [
-            text_pair(opened.tokenizer, text, gap(text, each) + each, opened.eos_ids[0])
-            for each in item.choices
-        ]
+        pairs = [asker.texts.pair(text, gap(text, each) + each) for each in item.choices]
     longest = max(len(pair.continuation) for pair in pairs)
     if longest > opened.cfg.max_seq_len:
         raise DataError(
@@ -223,7 +222,7 @@ def _answer(
     for item, request, cut, completion in zip(
         items, requests, cuts, complete(sampler, requests, advance), strict=True
     ):
-        text = sampler.text(completion, request.sampling)
+        text = sampler.text(completion, request.sampling, request.prompt)
         answer = answer_of(text, asker.options.extract)
         mark = item.judge(answer) if item.judge is not None else float(matches(answer, item.answers))
         rows.append(
@@ -269,7 +268,7 @@ def _request(sampler: Sampler, asker: _Asker, number: int, item: Item) -> tuple[
         stop_tokens = () if end is None else (end,)
         request = Request(asker.prompt(number, item), replace(sampling, stop_tokens=stop_tokens))
     else:
-        request = sampler.request(asker.text(number, item), sampling)
+        request = sampler.prompts.continued(asker.texts.tokens(asker.text(number, item)), sampling)
     return cut_to_fit(request, most)
 
 

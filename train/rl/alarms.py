@@ -1,6 +1,7 @@
 """When a run that learns by reward goes wrong: it has one answer for everything, or gets longer and not better."""
 
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -55,6 +56,23 @@ class RlAlarms:
                 "stage.rewards.overlong.weight=1",
             )
         return found
+
+    def unscored(self, step: int, many: Mapping[str, int], completions: int) -> list[str]:
+        """Sentences about parts of the reward that most of a step's completions go without.
+
+        Args:
+            many: completions that a part could not score.
+        """
+        return [
+            sentence
+            for name, missing in many.items()
+            for sentence in self._once(
+                f"unscored {name}",
+                2 * missing > completions,
+                f"step {step}: {missing} of {completions} completions could not be scored by {name} and go without "
+                "it; the log of each rank says why",
+            )
+        ]
 
     def _once(self, name: str, wrong: bool, sentence: str) -> list[str]:
         if not wrong:

@@ -1,8 +1,8 @@
 """`python -m drivetrain.train.rl.checker math|gym`: compares answers until its input ends.
 
-Requests are pickled (the trainer's own), replies are lines of JSON: {"score": number or null}. A timer that nobody
-handles ends the process in the midst of an answer that takes too long, even where a library is deaf to Python's
-signals. Some of these libraries evaluate what they read, so it is shut in as far as the system allows.
+Requests and replies are lines of JSON, replies {"score": number or null}. A timer that nobody handles ends the
+process in the midst of an answer that takes too long, even where a library is deaf to Python's signals. Some of
+these libraries evaluate what they read, so it is shut in as far as the system allows.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import resource
 import signal
 import sys
@@ -23,6 +22,7 @@ from drivetrain.conf.errors import DataError
 from drivetrain.train.rl import walls
 
 _MEMORY = 4 << 30  # bytes of address space
+_TUPLE = "\0tuple"  # the key of an object that stands for a tuple: some data sets compare with those
 Check = Callable[[dict[str, Any]], float | None]
 
 
@@ -37,11 +37,8 @@ def main() -> None:
         return
     _shut_in()
     _reply(replies, {})
-    while True:
-        try:
-            request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
+    for line in sys.stdin:
+        request = json.loads(line, object_hook=_untag)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])
         try:
@@ -57,6 +54,34 @@ def main() -> None:
 def _reply(replies: io.TextIOBase, reply: dict[str, Any]) -> None:
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
+
+
+def to_line(request: dict[str, Any] | None) -> bytes:
+    """A request as a line of JSON.
+
+    Raises:
+        DataError: something in it has no form in JSON.
+    """
+    try:
+        return json.dumps(_tag(request)).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"a sample's reference has no form in JSON ({error}); leave such things out"
+        ) from error
+
+
+def _tag(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {_TUPLE: [_tag(each) for each in value]}
+    if isinstance(value, list):
+        return [_tag(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _tag(each) for key, each in value.items()}
+    return value
+
+
+def _untag(value: dict[str, Any]) -> Any:
+    return tuple(value[_TUPLE]) if _TUPLE in value else value
 
 
 def _shut_in() -> None:
@@ -108,7 +133,7 @@ def _gym() -> Check:
     def check(request: dict[str, Any]) -> float | None:
         entry = request["entry"]
         try:
-            score = scorer(entry["metadata"]["source_dataset"], json.dumps(request["settings"]))
+            score = scorer(request["kind"], json.dumps(request["settings"]))
         except Exception as error:
             raise DataError(
                 f"reasoning-gym cannot score a sample ({type(error).__name__}: {error}); its entry and settings "

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -14,14 +13,16 @@ from typing import Any
 
 from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.conf.rewards import Extract
+from drivetrain.train.rl.checker import to_line
 from drivetrain.train.rl.extract import after_thought, answer_in
 from drivetrain.train.rl.rewards import UNSCORED, Sample, answers
 
+_AT_ONCE = 64  # answers that a process is sent together; their replies fit into a pipe
 _KEPT = ("PATH", "HOME", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 class Checkers:
-    """Processes of `checker.py`, each with one answer at a time; one that does not end in time is replaced.
+    """Processes of `checker.py`, each with a few answers in a row; one that does not end in time is replaced.
 
     Raises:
         ConfigError: the library for `kind`, "math" or "gym", is not installed.
@@ -38,14 +39,20 @@ class Checkers:
 
     def check(self, requests: Sequence[dict[str, Any] | None]) -> list[float]:
         """The score of each; NaN for None and where there is nothing to compare with."""
-        return list(self.pool.map(self._one, requests))
+        scores = [UNSCORED] * len(requests)
+        asked = [place for place, request in enumerate(requests) if request is not None]
+        size = min(_AT_ONCE, max(1, -(-len(asked) // len(self.workers))))
+        parts = [asked[first : first + size] for first in range(0, len(asked), size)]
+        found = self.pool.map(self._some, ([to_line(requests[place]) for place in part] for part in parts))
+        for part, values in zip(parts, found, strict=True):
+            for place, value in zip(part, values, strict=True):
+                scores[place] = value
+        return scores
 
-    def _one(self, request: dict[str, Any] | None) -> float:
-        if request is None:
-            return UNSCORED
+    def _some(self, lines: list[bytes]) -> list[float]:
         worker = self.idle.get()
         try:
-            return worker.ask(request)
+            return worker.ask(lines)
         finally:
             self.idle.put(worker)
 
@@ -77,20 +84,24 @@ class _Worker:
             self.close()
             raise ConfigError(said["error"] if said else "the process that checks answers does not start")
 
-    def ask(self, request: dict[str, Any]) -> float:
+    def ask(self, lines: list[bytes]) -> list[float]:
         """An answer that takes too long, or that breaks the library, is a wrong one: its form is the model's."""
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(pickle.dumps(request))
-            self.process.stdin.flush()
-        said = self._hear()
-        if said is None:
-            self.close()
-            self._start()
-            return 0.0
-        if "error" in said:
-            raise DataError(said["error"])
-        return UNSCORED if said["score"] is None else float(said["score"])
+        replies: list[dict[str, Any]] = []
+        while len(replies) < len(lines):
+            assert self.process.stdin
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(b"".join(lines[len(replies) :]))
+                self.process.stdin.flush()
+            while len(replies) < len(lines) and (said := self._hear()) is not None:
+                replies.append(said)
+            if len(replies) < len(lines):  # it ended over this one
+                replies.append({"score": 0.0})
+                self.close()
+                self._start()
+        for said in replies:
+            if "error" in said:
+                raise DataError(said["error"])
+        return [UNSCORED if said["score"] is None else float(said["score"]) for said in replies]
 
     def _hear(self) -> dict[str, Any] | None:
         assert self.process.stdout
@@ -140,6 +151,7 @@ class Gym:
         if "source_dataset" not in entry.get("metadata", {}):
             return None
         return {
+            "kind": entry["metadata"]["source_dataset"],
             "entry": entry,
             "settings": sample.reference.get("settings") or {},
             "answer": answer_in(sample.completion, self.extract),

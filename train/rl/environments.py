@@ -1,137 +1,157 @@
-"""Where problems come from: a function of (seed, number), as many as wanted, some of them held out."""
+"""What `stage.environment` names: problems, with tools or without; `verifiers`' environments; your own.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Protocol
+docs/environments.md describes them.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
-import xxhash
-
+from drivetrain.conf.environments import ENVIRONMENTS
 from drivetrain.conf.errors import ConfigError
-from drivetrain.data.conversations import Message
-from drivetrain.train.evaluation.gym import GYM, answer_in, value_of
-from drivetrain.train.rl.rewards import Reward, Sample
+from drivetrain.conf.rewards import Walls
+from drivetrain.train.evaluation.gym import GYM, value_of
+from drivetrain.train.rl.episodes import Environment
+from drivetrain.train.rl.gym_problems import GymEnvironment
+from drivetrain.train.rl.questions import Questions
+from drivetrain.train.rl.tools import CalculatorTool, PythonTool, Tool, ToolEnvironment, ToolSettings
 
-BLOCK = (
-    256  # problems of one data set object: some of reasoning-gym's take memory for each that they could make
-)
-HELD_OUT_SEED = 1 << 30  # reasoning-gym's seed of the first held-out problem; training's lie below
-CORRECT = "correct"  # the part of the reward that says whether the answer is right
-PROBE = 64  # numbers tried for one training problem before its kind is too small to hold any out
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is asked, and what the reward needs to know to judge an answer."""
-
-    messages: list[Message]
-    reference: dict[str, Any] = field(default_factory=dict)
-
-
-class Environment(Protocol):
-    """Single-turn: a question, and a reward for the answer."""
-
-    reward: Reward
-
-    def problem(self, number: int) -> Problem:
-        """A problem to train on, from 0; the same at every call."""
-
-    def held_out(self, count: int) -> list[Problem]:
-        """The first held-out problems, the same for every run."""
-
-    def correct(self, parts: Mapping[str, Sequence[float]]) -> list[bool]:
-        """Which samples solve their problem, from the reward's parts."""
-
-
-class GymEnvironment:
-    """Problems that reasoning-gym makes up: `reasoning_gym:chain_sum?min_terms=2&max_terms=3`.
-
-    Held-out problems have seeds from `HELD_OUT_SEED` on and training problems smaller ones; a training problem
-    whose question is also held out is made again, if `unseen`.
-
-    Args:
-        held_out: how many problems are held out.
-        unseen: False lets a held-out question come up in training too, for kinds with few questions.
-
-    Raises:
-        ConfigError: reasoning-gym is not installed, or has no such data set or setting; or the kind has so few
-            questions that nothing is left to train on.
-    """
-
-    def __init__(self, name: str, seed: int, held_out: int, unseen: bool = True) -> None:
-        self.name = name
-        self.kind, _, query = name.removeprefix(GYM).partition("?")
-        self._first = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) % (HELD_OUT_SEED // 2)
-        try:
-            self._settings = {
-                key: value_of(text) for key, text in parse_qsl(query, strict_parsing=bool(query))
-            }
-            if {"seed", "size"} & set(self._settings):
-                raise ValueError("seed and size follow from the run's seed")
-            self._entry(HELD_OUT_SEED)
-        except ImportError as error:
-            raise ConfigError(f"{name} needs reasoning-gym; run `pip install 'drivetrain[rl]'`") from error
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError(
-                f"stage.environment={name} cannot be made: {error}; see reasoning-gym's data sets"
-            ) from error
-        self._held_out = [self._entry(HELD_OUT_SEED + number) for number in range(held_out)]
-        self._questions = {entry["question"] for entry in self._held_out} if unseen else set()
-        self.reward: Reward = GymReward(self._block(HELD_OUT_SEED))
-        self.problem(0)
-
-    @lru_cache(maxsize=8)  # noqa: B019  an environment lives as long as its run
-    def _block(self, seed: int) -> Any:
-        import reasoning_gym
-
-        return reasoning_gym.create_dataset(self.kind, size=BLOCK, seed=seed, **self._settings)
-
-    def _entry(self, seed: int) -> dict[str, Any]:
-        return self._block(seed - seed % BLOCK)[seed % BLOCK]
-
-    def problem(self, number: int) -> Problem:
-        for attempt in range(PROBE):
-            entry = self._entry((self._first + number + attempt * 1_000_003) % HELD_OUT_SEED)
-            if entry["question"] not in self._questions:
-                return _problem(entry)
-        raise ConfigError(
-            f"stage.environment={self.name} has so few questions that {PROBE} in a row are held out; use settings "
-            "with more questions, a smaller stage.eval_problems, or stage.eval_unseen=false"
-        )
-
-    def held_out(self, count: int) -> list[Problem]:
-        return [_problem(entry) for entry in self._held_out[:count]]
-
-    def correct(self, parts: Mapping[str, Sequence[float]]) -> list[bool]:
-        return [mark >= 1 for mark in parts[CORRECT]]
-
-
-def _problem(entry: dict[str, Any]) -> Problem:
-    return Problem([{"role": "user", "content": entry["question"]}], entry)
-
-
-class GymReward:
-    """A data set's own mark of an answer, 0 to 1; what stands in <answer> tags is taken out of them."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def score(self, samples: Sequence[Sample]) -> Mapping[str, list[float]]:
-        marks = [
-            self._dataset.score_answer(answer_in(sample.completion), sample.reference) for sample in samples
-        ]
-        return {CORRECT: [float(mark) for mark in marks]}
+QUESTIONS, VERIFIERS, CUSTOM = "questions:", "verifiers:", "custom:"
+TOOLS = ("calculator", "python", "search")
+_FORMS = {"template": False, "tags": True}  # calls=...: whether they are tags
+_COMMON = tuple(each.name for each in fields(ToolSettings) if each.name != "tags")
+_OWN = ("calls", "seconds", "memory", "walls", "documents", "found")
 
 
 def build_environment(name: str, seed: int, held_out: int, unseen: bool) -> Environment:
     """What `stage.environment` names.
 
+    Args:
+        seed: the run's, which training problems follow from. held_out: problems that are held out.
+        unseen: no question is both held out and trained on.
+
     Raises:
-        ConfigError: nothing of that name.
+        ConfigError: nothing of that name, or a setting is wrong.
     """
-    if name.startswith(GYM):
-        return GymEnvironment(name, seed, held_out, unseen)
+    base, _, query = name.partition("?")
+    try:
+        settings = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise ConfigError(
+            f"stage.environment={name}: {error}; settings have the form ?NAME=VALUE&NAME=VALUE"
+        ) from error
+    try:
+        if base.startswith((GYM, QUESTIONS)):
+            tools = _taken(settings, ("tools", *_COMMON, *_OWN)) if "tools" in settings else {}
+            problems = _problems(base, query, settings, set(tools), seed, held_out, unseen)
+            return problems if not tools else _with_tools(problems, tools)
+        if base.startswith(VERIFIERS):
+            from drivetrain.train.rl.verifiers_environment import VerifiersEnvironment
+
+            given = {key: value_of(value) for key, value in settings.items()}
+            return VerifiersEnvironment(base.removeprefix(VERIFIERS), given, seed, held_out)
+        if base.startswith(CUSTOM):
+            return _custom(base.removeprefix(CUSTOM), settings, seed, held_out, unseen)
+    except ConfigError as error:
+        if name in str(error):
+            raise
+        raise ConfigError(f"stage.environment={name}: {error}") from error
     raise ConfigError(
-        f"stage.environment={name} is not known; use {GYM}NAME?SETTING=VALUE, as in {GYM}chain_sum?max_terms=3"
+        f"stage.environment={name} is not known; use {GYM}NAME?SETTING=VALUE, as in {GYM}chain_sum?max_terms=3, or "
+        f"one that begins with {', '.join(ENVIRONMENTS[1:])}"
     )
+
+
+def _taken(settings: dict[str, str], names: tuple[str, ...]) -> dict[str, str]:
+    """The settings of these names, which are removed."""
+    return {key: settings.pop(key) for key in list(settings) if key in names}
+
+
+def _problems(
+    base: str, query: str, settings: dict[str, str], taken: set[str], seed: int, held_out: int, unseen: bool
+) -> Environment:
+    if base.startswith(GYM):
+        # As it was written: the problems' seeds follow from the name.
+        kept = [word for word in query.split("&") if word and word.partition("=")[0] not in taken]
+        return GymEnvironment(f"{base}?{'&'.join(kept)}" if kept else base, seed, held_out, unseen)
+    path = settings.pop("held_out", None)
+    judge = settings.pop("judge", "exact")
+    _nothing_left(settings, ("held_out", "judge", "tools"))
+    where = Path(base.removeprefix(QUESTIONS))
+    return Questions(where, None if path is None else Path(path), judge, seed, held_out, unseen)
+
+
+def _nothing_left(settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    if settings:
+        raise ConfigError(f"there is no setting {next(iter(settings))}; there is {', '.join(known)}")
+
+
+def _with_tools(problems: Environment, settings: dict[str, str]) -> ToolEnvironment:
+    names = [name for name in settings.pop("tools").replace(",", " ").split() if name]
+    form = settings.pop("calls", "template")
+    if form not in _FORMS:
+        raise ConfigError(f"calls={form}; use one of {', '.join(_FORMS)}")
+    common = {key: _number(key, value) for key, value in _taken(settings, _COMMON).items()}
+    for key in set(common) - {"penalty"}:
+        common[key] = int(common[key])
+    tools = [_tool(name, settings) for name in names]
+    if not tools or len({tool.name for tool in tools}) < len(names):
+        raise ConfigError(f"tools={','.join(names)}; name each tool once, of {', '.join(TOOLS)}")
+    unused = [key for key in settings if key not in _used(names)]
+    if unused:
+        raise ConfigError(f"{unused[0]} belongs to a tool that tools={','.join(names)} does not name")
+    return ToolEnvironment(problems, tools, ToolSettings(tags=_FORMS[form], **common))  # type: ignore[arg-type]
+
+
+def _used(names: list[str]) -> set[str]:
+    used = {"python": {"seconds", "memory", "walls"}, "search": {"documents", "found"}}
+    return {key for name in names for key in used.get(name, ())}
+
+
+def _tool(name: str, settings: Mapping[str, str]) -> Tool:
+    match name:
+        case "calculator":
+            return CalculatorTool()
+        case "python":
+            walls = settings.get("walls", "auto")
+            if walls not in Walls.__members__:
+                raise ConfigError(f"walls={walls}; use one of {', '.join(Walls.__members__)}")
+            seconds = _number("seconds", settings.get("seconds", "5"))
+            memory = _number("memory", settings.get("memory", "256"))
+            return PythonTool(seconds, int(memory), Walls[walls])
+        case "search":
+            from drivetrain.train.rl.search import SearchTool
+
+            if "documents" not in settings:
+                raise ConfigError("tools=search needs documents=PATH, a file of JSON lines with a text each")
+            found = _number("found", settings.get("found", "3"))
+            return SearchTool(Path(settings["documents"]), int(found))
+    raise ConfigError(f"there is no tool {name}; there is {', '.join(TOOLS)}")
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}={value} is no number; correct it") from error
+
+
+def _custom(target: str, settings: dict[str, str], seed: int, held_out: int, unseen: bool) -> Environment:
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"{target} is not of the form package.module:name; correct it")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{target} cannot be imported: {error}; install it or set PYTHONPATH to its folder"
+        ) from error
+    given = {key: value_of(value) for key, value in settings.items()}
+    try:
+        made: Environment = make(seed=seed, held_out=held_out, unseen=unseen, **given)
+    except TypeError as error:
+        raise ConfigError(f"{target} cannot be made: {error}") from error
+    return made

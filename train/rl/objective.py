@@ -107,9 +107,9 @@ def sequence_weights(variant: Variant, lengths_S: np.ndarray, max_completion: in
     """The weight of each token of each completion, fp64 [S], from all completions of a step; see above.
 
     Args:
-        lengths_S: tokens of each, at least 1.
+        lengths_S: tokens of each; 0 where a completion was dropped.
     """
-    S = len(lengths_S)
+    S, lengths_S = len(lengths_S), np.maximum(lengths_S, 1)
     match variant:
         case Variant.dapo | Variant.cispo:
             return np.full(S, 1 / lengths_S.sum())

@@ -36,6 +36,14 @@ def logprobs_of(
     return found
 
 
+def _sequences(batch: Batch) -> Tensor:
+    """A number for each document, and for each of its branches where it has some; [T]."""
+    if batch.branches_2T is not None:
+        return batch.branches_2T[0]
+    lengths = batch.cu_seqlens.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
 def policy_loss(
     logprobs_K: Tensor, entropy_K: Tensor, batch: Batch, at_K: Tensor, cfg: GrpoConfig
 ) -> tuple[LossSums, Tensor]:
@@ -47,12 +55,11 @@ def policy_loss(
     assert batch.behaviour_logprobs_T is not None
     mask_K = batch.loss_weights_T[at_K]
     weights_K, advantages_K = batch.token_weights_T[at_K], batch.advantages_T[at_K]
-    behaviour_K = batch.behaviour_logprobs_T[at_K]
-    # One update for each rollout: the weights that sampled are those that are trained.
+    # One update for each rollout: the weights before it are those that are trained.
     old_K = logprobs_K.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T[at_K]
-    lengths = batch.cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(lengths), device=at_K.device), lengths)
-    _, sequence_K = sequence_T[at_K].unique_consecutive(return_inverse=True)
+    behaviour_K = batch.behaviour_logprobs_T[at_K]
+    behaviour_K = torch.where(behaviour_K.isnan(), old_K, behaviour_K)  # nobody told it: no correction
+    _, sequence_K = _sequences(batch)[at_K].unique_consecutive(return_inverse=True)
 
     found = surrogate(cfg.variant, logprobs_K, old_K, advantages_K, sequence_K, cfg.clip_low, cfg.clip_high)
     importance_K = importance_weights(cfg.importance, old_K, behaviour_K, sequence_K, cfg.importance_cap)

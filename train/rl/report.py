@@ -1,5 +1,6 @@
 """What a step of reinforcement learning says of itself. P prompts · G completions · K trained tokens."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,29 +44,50 @@ class Gap:
         }
 
 
+def unscored(groups: list[Group]) -> dict[str, int]:
+    """Completions that a part of the reward could not score, by part; those that were dropped have no parts."""
+    names = dict.fromkeys(name for group in groups for name in group.parts)
+    return {
+        name: sum(
+            math.isnan(mark)
+            for group in groups
+            for mark, one in zip(group.parts.get(name, []), group.completions, strict=False)
+            if one.finish_reason != "failed"
+        )
+        for name in names
+    }
+
+
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """Rewards, lengths, and how many prompts are worth comparing on, of the groups of one step."""
     rewards_PG = np.array([group.rewards for group in groups])
     correct_PG = np.array([group.correct for group in groups])
-    lengths = np.array([len(one.tokens) for group in groups for one in group.completions])
-    cut = [one.finish_reason == "length" for group in groups for one in group.completions]
+    every = [one for group in groups for one in group.completions]
+    lengths = np.array([one.length for one in every])
+    missing = unscored(groups)
+    # A rubric may be one prompt's own, so that not all groups have a part.
     parts = {
-        f"rl/reward/{name}": np.array([group.parts[name] for group in groups], dtype=np.float64)
-        for name in groups[0].parts
+        name: np.array([mark for group in groups for mark in group.parts.get(name, [])], dtype=np.float64)
+        for name in missing
     }
+    scored = {name: values for name, values in parts.items() if not np.isnan(values).all()}
     found = {
         "rl/reward_mean": rewards_PG.mean(),
         "rl/reward_std": rewards_PG.std(),
-        **{name: np.nanmean(values) if not np.isnan(values).all() else 0.0 for name, values in parts.items()},
-        **{f"{name}_std": np.nanstd(v) if not np.isnan(v).all() else 0.0 for name, v in parts.items()},
-        "rl/unscored": sum(float(np.isnan(values).sum()) for values in parts.values()),
+        **{f"rl/reward/{name}": np.nanmean(values) for name, values in scored.items()},
+        **{f"rl/reward/{name}_std": np.nanstd(values) for name, values in scored.items()},
+        "rl/unscored": sum(missing.values()),
+        **{f"rl/unscored/{name}": many for name, many in missing.items() if many},
         "rl/correct": correct_PG.mean(),
         "rl/groups_solved": correct_PG.all(axis=1).mean(),
         "rl/groups_unsolved": (~correct_PG).all(axis=1).mean(),
         "rl/groups_equal": (rewards_PG.max(axis=1) == rewards_PG.min(axis=1)).mean(),
         "rl/completion_tokens_mean": lengths.mean(),
         "rl/completion_tokens_max": lengths.max(),
-        "rl/truncated": np.mean(cut),
+        "rl/truncated": np.mean([one.finish_reason == "length" for one in every]),
+        "rl/failed": sum(one.finish_reason == "failed" for one in every),
+        "rl/turns_mean": np.mean([one.turns for one in every]),
+        "rl/observation_tokens_mean": np.mean([len(one.tokens) - one.length for one in every]),
         "rl/tokens": lengths.sum(),
     }
     found["rl/groups_mixed"] = 1 - found["rl/groups_solved"] - found["rl/groups_unsolved"]

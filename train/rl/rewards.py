@@ -25,10 +25,11 @@ class Sample:
 
     Attributes:
         messages: the conversation that it answers.
-        completion: its text, without special tokens.
-        tokens: its length.
-        finish_reason: "stop", or "length" where it was cut.
+        completion: its text, without special tokens; of several turns the last one's, the others are in `messages`.
+        tokens: that the model wrote, in all turns.
+        finish_reason: "stop", or "length" where it was cut; "failed" where it was dropped, and no score counts.
         reference: what it is judged by.
+        turns: how often it was the model's turn.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -36,6 +37,7 @@ class Sample:
     tokens: int
     finish_reason: str
     reference: dict[str, Any] = field(default_factory=dict)
+    turns: int = 1
 
 
 class Reward(Protocol):

@@ -1,4 +1,4 @@
-"""Batches out of rollouts: sampled when they are asked for, by the weights as they then are.
+"""Batches out of rollouts: taken when they are asked for, and so after the last update.
 
 P prompts, one a group · G completions of each · S completions of a step · T packed tokens of a micro-batch.
 """
@@ -6,7 +6,7 @@ P prompts, one a group · G completions of each · S completions of a step · T 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -16,21 +16,35 @@ from drivetrain.data.batch import Batch
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import Shown
 from drivetrain.train.rl.advantage import advantages
+from drivetrain.train.rl.ledger import Ledger
 from drivetrain.train.rl.objective import divergence, sequence_weights
-from drivetrain.train.rl.packing import Packed, pack, spread
-from drivetrain.train.rl.rollout import Group, Rollout, Sampler
+from drivetrain.train.rl.packing import Packed, spread
+from drivetrain.train.rl.rollout import Group, Rollout
 
 SHOWN = 8  # completions in a table
 Logprobs = Callable[[Batch], Tensor]  # fp32 [T], 0 where nothing is trained; collective
+
+
+class Rollouts(Protocol):
+    """Where groups come from."""
+
+    ledger: Ledger
+
+    def rollout(self, prompts: int, least: int) -> Rollout:
+        """So many groups, the same on every rank; fewer where some were of no use, but `least`. Collective."""
+
+    def close(self) -> None: ...
 
 
 class RolloutSource:
     """`Source` over prompts of an environment; `next_step` may sample, and so comes after the last update.
 
     A rollout has the prompts of `updates` steps; where a run stops within one, the rest of it is sampled again, by
-    newer weights.
+    newer weights. So is what was sampled ahead of a run's end.
 
     Args:
+        sync: gives the sampler the weights as they are, which have seen so many updates. Collective.
+        pack: makes this rank's micro-batches of a step.
         old: log-probabilities under the weights as they are, computed as in training.
         reference: those under the reference model; None: there is none.
         state: from an earlier `state()`.
@@ -39,22 +53,23 @@ class RolloutSource:
     def __init__(
         self,
         cfg: GrpoConfig,
-        sampler: Sampler,
-        micro_batch: int,
+        rollouts: Rollouts,
+        sync: Callable[[int], None],
+        pack: Callable[[list[Group]], Packed],
         world: World,
-        pad_id: int,
         old: Logprobs,
         reference: Logprobs | None,
         state: dict[str, Any] | None,
     ) -> None:
-        self.cfg, self.sampler, self.micro_batch, self.world = cfg, sampler, micro_batch, world
-        self.pad_id, self.old, self.reference = pad_id, old, reference
-        self.prompts = int(state["prompts"]) if state else 0
+        self.cfg, self.rollouts, self.sync = cfg, rollouts, sync
+        self.pack, self.world = pack, world
+        self.old, self.reference = old, reference
         self.left = int(state["left"]) if state else cfg.updates  # steps of the current rollout still to come
         self.tokens = int(state["tokens"]) if state else 0
         self._waiting: list[tuple[list[Batch], list[Group]]] = []
         self.groups: list[Group] = []  # of the step handed out last
-        self.staleness = 0
+        self.updates = 0  # that this process has made, as far as batches tell
+        self.sampled_at = 0  # of these, when the rollout was taken
         self.handed_out = 0.0  # when, on the clock of time.perf_counter
         self.metrics: dict[str, float] = {}
 
@@ -62,8 +77,9 @@ class RolloutSource:
         if not self._waiting:
             self._roll()
         batches, self.groups = self._waiting.pop(0)
-        self.staleness = self.cfg.updates - self.left
         self.left = self.left - 1 or self.cfg.updates
+        self.metrics |= self._staleness()
+        self.updates += 1
         lengths = [len(group.prompt) + len(one.tokens) for group in self.groups for one in group.completions]
         self.tokens += sum(lengths)
         self.metrics["tokens"] = float(self.tokens)  # packing's empty places are not counted
@@ -71,11 +87,14 @@ class RolloutSource:
         return batches
 
     def state(self) -> dict[str, Any]:
-        return {"prompts": self.prompts, "left": self.left, "tokens": self.tokens}
+        return {**self.rollouts.ledger.state(), "left": self.left, "tokens": self.tokens}
 
-    def table(self) -> list[Shown]:
+    def close(self) -> None:
+        """End what runs ahead."""
+        self.rollouts.close()
+
+    def table(self, decode: Callable[[list[int]], str]) -> list[Shown]:
         """The first completion of each of the step's first prompts, with its reward."""
-        decode = self.sampler.tokenizer.decode
         rows: list[Shown] = []
         for group in self.groups[:SHOWN]:
             parts = {name: scores[0] for name, scores in group.parts.items()}
@@ -83,11 +102,25 @@ class RolloutSource:
             rows.append((decode(group.prompt), decode(group.completions[0].tokens), scores))
         return rows
 
+    def _staleness(self) -> dict[str, float]:
+        """Updates between the weights that drew a token and those that it trains."""
+        seen = [
+            self.updates - version
+            for group in self.groups
+            for one in group.completions
+            for version in (one.versions or [self.sampled_at] * one.length)
+        ]
+        return {"rl/staleness": float(np.mean(seen or 0)), "rl/staleness_max": float(max(seen, default=0))}
+
     def _roll(self) -> None:
-        """Sample what is left of a rollout, and make the batches of its steps."""
-        rollout = self.sampler.rollout(self.prompts, self.cfg.prompts_per_step * self.left, self.left)
-        self.prompts += rollout.prompts
+        """Take what is left of a rollout, and make the batches of its steps."""
         began = time.perf_counter()
+        self.sync(self.updates)
+        self.sampled_at = self.updates
+        self.metrics["rl/seconds_sync"] = time.perf_counter() - began
+        rollout = self.rollouts.rollout(self.cfg.prompts_per_step * self.left, self.left)
+        began = time.perf_counter()
+        failed = sum(one.finish_reason == "failed" for group in rollout.groups for one in group.completions)
         cuts = np.array_split(np.arange(len(rollout.groups)), self.left)
         parts = [[rollout.groups[i] for i in cut] for cut in cuts]
         packed = [self._pack(part) for part in parts]
@@ -98,16 +131,17 @@ class RolloutSource:
         self.metrics |= {
             "rl/seconds_generate": rollout.generate_seconds,
             "rl/seconds_score": rollout.score_seconds,
+            "rl/seconds_wait": rollout.wait_seconds,
             "rl/seconds_prepare": time.perf_counter() - began,
             "rl/prompts_tried": float(rollout.prompts),
-            "rl/generated_tokens_per_second": rollout.sampled_tokens / max(rollout.generate_seconds, 1e-9),
+            "rl/dropped": float(rollout.dropped * self.cfg.group_size + failed),
+            "rl/generated_tokens_per_second": rollout.tokens_per_second,
         }
 
     def _pack(self, groups: list[Group]) -> Packed:
-        cfg, world = self.cfg, self.world
-        packed = pack(groups, cfg.seq_len, self.micro_batch, world.rank, world.size, self.pad_id)
+        packed = self.pack(groups)
         batches = packed.batches
-        if cfg.updates > 1 or self._in_reward:
+        if self.cfg.updates > 1 or self._in_reward:
             batches = [replace(batch, old_logprobs_T=self.old(batch)) for batch in batches]
         if self.reference is not None:
             batches = [replace(batch, reference_logprobs_T=self.reference(batch)) for batch in batches]
@@ -136,7 +170,7 @@ class RolloutSource:
 
 def weighted(packed: Packed, groups: list[Group], advantages_PG: np.ndarray, cfg: GrpoConfig) -> list[Batch]:
     """The batches of one step with advantages and with the weight of every token in the objective."""
-    lengths_S = np.array([len(one.tokens) for group in groups for one in group.completions])
+    lengths_S = np.array([one.length for group in groups for one in group.completions])
     # The engine divides by the trained tokens of the step, which cancel.
     weights_S = sequence_weights(cfg.variant, lengths_S, cfg.max_completion) * lengths_S.sum()
     advantages_S = advantages_PG.ravel()

@@ -19,12 +19,17 @@ from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import Shown
 from drivetrain.train.rl.accuracy import held_out_accuracy
+from drivetrain.train.rl.ahead import Ahead
 from drivetrain.train.rl.alarms import RlAlarms
 from drivetrain.train.rl.environments import build_environment
+from drivetrain.train.rl.ledger import Ledger
+from drivetrain.train.rl.lockstep import Lockstep
+from drivetrain.train.rl.packing import pack
 from drivetrain.train.rl.policy import logprobs_of, policy_loss, trained_places
-from drivetrain.train.rl.report import Gap, rollout_metrics
+from drivetrain.train.rl.report import Gap, rollout_metrics, unscored
 from drivetrain.train.rl.rollout import Sampler
-from drivetrain.train.rl.source import RolloutSource
+from drivetrain.train.rl.samplers.build import build_samplers
+from drivetrain.train.rl.source import Rollouts, RolloutSource
 
 Say = Callable[[str], None]
 
@@ -50,7 +55,7 @@ class GrpoStage:
         self.environment = build_environment(
             self.cfg.environment, config.seed, self.cfg.eval_problems, self.cfg.eval_unseen
         )
-        self.chat = Chat(tokenizer)
+        self.chat, self.folder = Chat(tokenizer), tokenizer.parent
         self.eos_id = eos_id(tokenizer)
         self.gap = Gap()
         self.before: dict[str, float] = {}
@@ -63,23 +68,32 @@ class GrpoStage:
         """
         self.alarm = alarm
         stop = self.chat.stop_id()
-        self.sampler = Sampler(
-            self.cfg,
-            engine.model,
-            self.model_cfg,
-            self.environment,
-            self.chat,
-            [self.eos_id] if stop is None else [self.eos_id, stop],
-            self.world,
-            self.backend,
-            self.config.seed,
+        ends = [self.eos_id] if stop is None else [self.eos_id, stop]
+        completer, evaluator = build_samplers(
+            self.config, engine, self.chat, ends, self.world, self.backend, self.folder
         )
+        self.completer, self.synced = completer, -1
+        self.sampler = Sampler(
+            self.cfg, self.environment, self.chat, ends, self.world, self.config.seed, completer, evaluator
+        )
+        ledger = Ledger(self.state)
+        rollouts: Rollouts = Lockstep(self.sampler, ledger)
+        if not completer.collective:
+            rollouts = Ahead(self.sampler, ledger, lambda: completer.version)
         self.source = self.rollouts = RolloutSource(
             self.cfg,
-            self.sampler,
-            self.micro_batch,
+            rollouts,
+            partial(self._sync, engine),
+            partial(
+                pack,
+                row_len=self.cfg.seq_len,
+                micro_batch=self.micro_batch,
+                rank=self.world.rank,
+                ranks=self.world.size,
+                pad_id=self.eos_id,
+                share=self._prompts_can_be_shared(),
+            ),
             self.world,
-            self.eos_id,
             partial(self._logprobs, engine.model),
             None if reference is None else partial(self._logprobs, reference),
             self.state,
@@ -88,6 +102,17 @@ class GrpoStage:
             self.before = self.evaluate(engine)
             accuracy, asked = self.before["eval/accuracy"], self.cfg.eval_problems
             note(f"before training {accuracy:.1%} of {asked} held-out problems are solved")
+
+    def _prompts_can_be_shared(self) -> bool:
+        """Whether the attention takes documents that branch."""
+        window = self.model_cfg.sliding_window
+        return self.backend != "flash_attn" and (window is None or window >= self.cfg.seq_len)
+
+    def _sync(self, engine: Engine, version: int) -> None:
+        """Have the sampler take the weights that have seen so many updates, if it has not. Collective."""
+        if self.synced != version:
+            self.completer.sync(engine, version)
+            self.synced = version
 
     @torch.no_grad()
     def _logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -109,14 +134,18 @@ class GrpoStage:
         return sums
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
+        if self.completer.follows:
+            self._sync(engine, self.rollouts.updates)
         return held_out_accuracy(self.sampler, self.cfg.eval_problems, self.cfg.eval_samples)
 
     def samples(self, engine: Engine) -> list[Shown]:
-        return self.rollouts.table()
+        return self.rollouts.table(self.sampler.tokenizer.decode)
 
     def close(self) -> None:
-        """End the processes that rewards have started."""
-        self.sampler.rewards.close()
+        """End the threads and processes that rollouts and rewards have started."""
+        if hasattr(self, "sampler"):
+            self.rollouts.close()
+            self.sampler.close()
 
     def after_step(self, engine: Engine, step: int) -> dict[str, float]:
         source = self.rollouts
@@ -124,7 +153,6 @@ class GrpoStage:
             **rollout_metrics(source.groups),
             **self.gap.take(self.world),
             **source.metrics,
-            "rl/staleness": float(source.staleness),
             "rl/seconds_train": (seconds := time.perf_counter() - source.handed_out),
         }
         found["rl/trained_tokens_per_second"] = found["rl/tokens"] / seconds
@@ -133,5 +161,8 @@ class GrpoStage:
         source.metrics = {}
         keys = ("rl/entropy", "rl/reward_mean", "rl/reward_std", "rl/completion_tokens_mean")
         for sentence in self.alarms.check(step, *(found[key] for key in keys)):
+            self.alarm(sentence)
+        completions = sum(len(group.completions) for group in source.groups)
+        for sentence in self.alarms.unscored(step, unscored(source.groups), completions):
             self.alarm(sentence)
         return found

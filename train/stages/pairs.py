@@ -10,7 +10,7 @@ from drivetrain.data.batch import Batch
 from drivetrain.data.loader import Share, Source
 from drivetrain.data.packing import Rows
 from drivetrain.data.preference import HeldOutPairs, Pairs, PairSource, open_pairs
-from drivetrain.model.backend import backend_of
+from drivetrain.model.backend import backend_for
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.evaluate import dealt_batches
 from drivetrain.train.mesh import World
@@ -24,7 +24,7 @@ class PairStage(ABC):
     def __init__(self, config: RunConfig, share: Share, world: World, state: dict[str, Any] | None) -> None:
         self.cfg: StageConfig = config.stage
         self.model_cfg, self.seed = config.model, config.seed
-        self.backend = backend_of(config.kernels, world.device)
+        self.backend = backend_for(config, world.device)
         self.world, self.micro_batch = world, share.micro_batch
         source = PairSource(config.data, self.cfg.seq_len, share, config.seed, state)
         self.source: Source = source

@@ -8,8 +8,8 @@ from torch import nn
 from drivetrain.conf.schema import ModelConfig, PretrainConfig, RunConfig
 from drivetrain.data.batch import Batch
 from drivetrain.data.loader import PretrainSource, Share, Source, open_sources
-from drivetrain.data.tokenizer import load_tokenizer
-from drivetrain.model.backend import backend_of
+from drivetrain.data.tokenizer import bos_id, load_tokenizer, text_ids
+from drivetrain.model.backend import backend_for
 from drivetrain.model.generate import Sampling
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.evaluate import HeldOut
@@ -29,7 +29,7 @@ class PretrainStage:
         assert isinstance(config.stage, PretrainConfig)
         self.cfg: PretrainConfig = config.stage
         self.model_cfg: ModelConfig = config.model
-        self.backend = backend_of(config.kernels, world.device)
+        self.backend = backend_for(config, world.device)
         self.world, self.tokenizer_dir = world, tokenizer
         source = PretrainSource(config.data, self.cfg.seq_len, share, config.seed, state)
         self.source: Source = source
@@ -51,10 +51,10 @@ class PretrainStage:
     def samples(self, engine: Engine) -> list[tuple[str, str]]:
         if not self.cfg.sample_prompts:
             return []
-        tokenizer = load_tokenizer(self.tokenizer_dir)
+        tokenizer, bos = load_tokenizer(self.tokenizer_dir), bos_id(self.tokenizer_dir)
         texts = complete(
             engine,
-            [tokenizer.encode(prompt).ids or [self.eos_id] for prompt in self.cfg.sample_prompts],
+            [text_ids(tokenizer, bos, prompt) or [self.eos_id] for prompt in self.cfg.sample_prompts],
             tokenizer,
             self.model_cfg,
             self.world,

@@ -11,7 +11,7 @@ from drivetrain.data.chat import Chat
 from drivetrain.data.loader import Share, Source
 from drivetrain.data.packing import Rows
 from drivetrain.data.sft import HeldOutConversations, SftSource, open_conversations
-from drivetrain.model.backend import backend_of
+from drivetrain.model.backend import backend_for
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.evaluate import HeldOut
 from drivetrain.train.losses import next_token_loss
@@ -27,7 +27,7 @@ class SftStage:
     ) -> None:
         assert isinstance(config.stage, SftConfig)
         self.cfg, self.model_cfg = config.stage, config.model
-        self.backend = backend_of(config.kernels, world.device)
+        self.backend = backend_for(config, world.device)
         self.world = world
         source = SftSource(config.data, self.cfg.seq_len, self.cfg.too_long, share, config.seed, state)
         self.source: Source = source

@@ -1,0 +1,3 @@
+"""What `stage.environment` may begin with; train/rl/environments.py makes them."""
+
+ENVIRONMENTS = ("reasoning_gym:", "questions:", "verifiers:", "custom:")
