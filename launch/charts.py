@@ -46,6 +46,16 @@ CHARTS = [
     Chart(
         slug="bits_per_byte", title="Bits per byte, held out", unit="bits", evaluation="eval/bits_per_byte"
     ),
+    Chart(
+        slug="accuracy",
+        title="Right answers",
+        unit="share",
+        metric="rl/correct",
+        evaluation="eval/accuracy",
+        from_zero=True,
+        smooth=True,
+    ),
+    Chart(slug="reward", title="Reward", metric="rl/reward_mean", smooth=True),
     Chart(slug="lr", title="Learning rate", metric="lr", from_zero=True),
     Chart(
         slug="grad_norm", title="Gradient norm", unit="global L2", metric="grad_norm", log=True, smooth=True
@@ -178,8 +188,9 @@ def _curve(axes: "Axes", chart: Chart, run: "Run", x: str, number: int, theme: T
             axes.plot(*_thin(xs, ys), color=colour, alpha=0.28 if alone else 0.15, linewidth=0.8)
             ys, name = _smooth(ys), f"{name}, smoothed" if alone else name
         marker = "o" if len(xs) == 1 else ""
-        axes.plot(*_thin(xs, ys), dash, marker=marker, color=colour, linewidth=1.8, label=name)
-    if chart.evaluation:
+        if xs:  # else the legend would name a curve that is not there
+            axes.plot(*_thin(xs, ys), dash, marker=marker, color=colour, linewidth=1.8, label=name)
+    if chart.evaluation and run.points(x, chart.evaluation)[0]:
         over = chart.metric is not None
         label = ("evaluation" if alone else f"{run.name}, evaluation") if over else name
         axes.plot(

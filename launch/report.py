@@ -170,6 +170,7 @@ def _one_row_a_step(rows: list[Row]) -> list[Row]:
 def _facts(run: Run) -> dict[str, str]:
     """What the head of the page says about a run. A number that is nowhere is a dash, never a guess."""
     _, evaluations = run.points("step", "eval/loss")
+    _, accuracies = run.points("step", "eval/accuracy")
     _, losses = run.points("step", "loss")
     _, rates = run.points("step", "tokens_per_second")
     _, seconds = run.points("step", "step_seconds")
@@ -201,6 +202,8 @@ def _facts(run: Run) -> dict[str, str]:
         "Wall time": duration(wall) if is_number(wall) else "–",
         "Peak memory": f"{peak / 2**30:.1f} GiB" if is_number(peak) else "–",
     }
+    if accuracies:
+        facts["Accuracy, held out"] = f"{accuracies[0]:.1%} at first, {accuracies[-1]:.1%} at last"
     return facts | ({"Non-finite losses": str(broken)} if broken else {})
 
 

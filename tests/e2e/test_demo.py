@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2000)
 def test_make_demo_learns_and_leaves_its_traces(
     tmp_path: Path, wandb_history: Callable[[Path, str], list[tuple[int, float]]]
 ) -> None:
@@ -25,7 +25,7 @@ def test_make_demo_learns_and_leaves_its_traces(
         env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
         capture_output=True,
         text=True,
-        timeout=1100,
+        timeout=1900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,5 +41,10 @@ def test_make_demo_learns_and_leaves_its_traces(
     assert (demo / "run" / "report" / "index.html").is_file()
     tuned = json.loads((demo / "sft" / "summary.json").read_text())
     assert tuned["status"] == "completed" and tuned["final"]["eval/loss"] < 0.8
-    assert tuned["final"]["data/utilisation"] > 0.95
+    assert tuned["final"]["data/utilisation"] > 0.9
+    practised = json.loads((demo / "grpo" / "summary.json").read_text())
+    lines = (demo / "grpo" / "metrics.jsonl").read_text().splitlines()
+    accuracy = [row["eval/accuracy"] for row in map(json.loads, lines) if "eval/accuracy" in row]
+    assert practised["status"] == "completed" and accuracy[-1] > accuracy[0] + 0.2
+    assert "held-out sums the fine-tuned model solves" in done.stdout
     assert "def read_" in done.stdout and str(demo / "run" / "report" / "index.html") in done.stdout

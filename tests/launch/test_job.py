@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from drivetrain.conf.compose import flatten, load
 from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.tokenizer_file import hash_of
 from drivetrain.launch import fit, local
 from drivetrain.launch.job import PREEMPTED, JobFailed, key_of, launch, merge_overrides, resume
 from drivetrain.train.checkpoint import MARKER, checkpoint_name
@@ -87,11 +89,12 @@ def test_relative_paths_are_frozen_as_absolute_ones(
     folder: Path, words: list[str], shards: Path, console: Said, ranks: Ranks
 ) -> None:
     ranks(status="completed")
-    (folder / "shards").symlink_to(shards)
+    tokenizer: dict[str, Any] = {"model": {"vocab": {}}, "added_tokens": [{"id": 2047}]}
+    shutil.copytree(shards, folder / "shards")
+    manifest = json.loads((shards / "manifest.json").read_text()) | {"tokenizer_hash": hash_of(tokenizer)}
+    (folder / "shards" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "tok").mkdir()
-    (folder / "tok" / "tokenizer.json").write_text(
-        json.dumps({"model": {"vocab": {}}, "added_tokens": [{"id": 2047}]})
-    )
+    (folder / "tok" / "tokenizer.json").write_text(json.dumps(tokenizer))
     saved(folder / "first")
     launch(
         [

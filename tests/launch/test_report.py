@@ -104,6 +104,24 @@ def test_samples_and_environment_are_text_and_never_markup(tmp_path: Path) -> No
     assert "<b>run" in parsed.text
 
 
+def test_accuracy_and_reward_are_shown_where_a_run_has_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [{"step": step, "rl/correct": step / 100, "rl/reward_mean": step / 50} for step in range(1, 61)]
+    for row in rows:
+        row |= {"eval/accuracy": row["step"] / 80} if row["step"] in (1, 20, 60) else {}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {"step": 60, "prompt": "2 + 3 =", "completion": "5", "reward": 1.0}
+    (run / "samples.jsonl").write_text(json.dumps(shown) + "\n")
+    page = build_report([run, write_run(tmp_path / "other")], None)
+    assert {"accuracy.png", "reward.png"} <= {path.name for path in page.parent.iterdir()}
+    figure = draw(
+        next(chart for chart in CHARTS if chart.slug == "accuracy"), [load_run(run, "a"), Run(name="b")], DARK
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "a, evaluation"]
+    text = Page(page).text
+    assert "1.2% at first, 75.0% at last" in text and "(reward 1.0)" in text
+
+
 def test_several_runs_share_charts_and_show_what_differs(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "one" / "run"),

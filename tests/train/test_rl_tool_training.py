@@ -1,4 +1,4 @@
-"""A small model that calls a calculator is trained: the stage as it is, episodes of two turns, one rank and two."""
+"""Small models are trained on episodes of two turns: the stage as it is, a calculator, one rank and two."""
 
 import json
 from collections.abc import Callable
@@ -66,3 +66,16 @@ def test_training_with_a_calculator(
         numbers = {k: v for k, v in one.items() if isinstance(v, float) and k != "rl/gap_max"}
         assert {k: two[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
     assert alone["eval"] == pair["eval"]
+
+
+def test_what_is_rewarded_in_any_turn_gets_likelier(
+    small: list[str], run_dir: Path, run_ranks: Callable[..., dict[str, Any]]
+) -> None:
+    found = case("turns", small, run_dir, steps=24)
+    del found["folder"]
+    found["overrides"] += ["stage.environment='custom:tools_worker:TwoTurns'", "stage.seq_len=128"]
+    found["overrides"] += ["stage.max_completion=24", "stage.prompts_per_step=8", "stage.group_size=8"]
+    found["overrides"] += ["stage.eval_every=0"]
+    first, *_, last = run_ranks(WORKER, 1, [found])["turns"]["rows"]
+    for name, more in (("rl/reward/first", 0.1), ("rl/reward/last", 0.1), ("rl/turns_mean", 0.2)):
+        assert last[name] > first[name] + more

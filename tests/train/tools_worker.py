@@ -1,9 +1,11 @@
 """What each rank of the test of tools trains; see rank.py. Each case: {"name", "overrides", "run_dir", "folder"},
-and either "warm_up", steps after which the weights go to the folder, or "steps", for which they come from there.
+and either "warm_up", steps after which the weights go to the folder, or "steps", for which they come from there;
+without a folder they are random.
 
 A model without any training calls no tool, so it is first shown some conversations in which one is called.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,54 @@ from drivetrain.model.initialize import initialize
 from drivetrain.train import checkpoint
 from drivetrain.train.build import build_engine, build_reference, build_stage, fill_from
 from drivetrain.train.mesh import World
+from drivetrain.train.rl.episodes import Defaults, Problem, Step, Turn
 from drivetrain.train.rl.policy import logprobs_of, trained_places
+from drivetrain.train.rl.rewards import Sample
 from drivetrain.train.stages.grpo import GrpoStage
+
+
+def vowels(text: str) -> float:
+    """Their share: something that a model without any training gets now and then."""
+    return sum(letter in "aeiou" for letter in text) / max(1, len(text))
+
+
+class LastTurn:
+    def score(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        return {"last": [vowels(sample.completion) for sample in samples]}
+
+
+class TwoTurns(Defaults):
+    """Rewards vowels, in the first of two turns too."""
+
+    parts = ("first",)
+
+    def __init__(self, seed: int, held_out: int, unseen: bool) -> None:
+        self.reward = LastTurn()
+
+    def problem(self, number: int) -> Problem:
+        return Problem([{"role": "user", "content": f"user {number}"}])
+
+    def held_out(self, count: int) -> list[Problem]:
+        return [self.problem(-1 - number) for number in range(count)]
+
+    def correct(self, parts: Mapping[str, Sequence[float]]) -> list[bool]:
+        return [share > 0.5 for share in parts["last"]]
+
+    def reset(self, problem: Problem, seed: int) -> "OnceMore":
+        return OnceMore()
+
+
+class OnceMore:
+    asked = False
+
+    def step(self, turn: Turn) -> Step:
+        if self.asked or turn.cut:
+            return Step(done=True)
+        self.asked = True
+        return Step([{"role": "user", "content": "tool system tool"}], {"first": vowels(turn.text)})
+
+    def end(self) -> Mapping[str, float]:
+        return {}
 
 
 def conversation(a: int, b: int, tools: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,8 +122,10 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     share = share_of(world.size, int(config.stage.micro_batch), world.rank, world.size)
     stage = build_stage(config, Path(case["run_dir"]), share, world, None)
     assert isinstance(stage, GrpoStage)
-    folder = Path(case["folder"])
-    if "warm_up" in case:
+    folder = Path(case.get("folder", ""))
+    if "folder" not in case:
+        engine = build_engine(config, world, lambda model: initialize(model, config.model, config.seed))
+    elif "warm_up" in case:
         engine = build_engine(config, world, lambda model: initialize(model, config.model, config.seed))
         warm_up(stage, engine, case["warm_up"])
         saver = checkpoint.Checkpointer(folder, config.checkpoint, world)
@@ -83,7 +133,8 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         failed = saver.save(1, engine.tensors(), kept) or saver.wait()
         assert failed is None, failed
         return {}
-    engine = build_engine(config, world, fill_from(folder / "step_00000001", config.model))
+    else:
+        engine = build_engine(config, world, fill_from(folder / "step_00000001", config.model))
     stage.prepare(engine, build_reference(config, world), lambda _: None, lambda _: None)
     rows, looks = [], []
     for step in range(1, case["steps"] + 1):
