@@ -12,6 +12,7 @@ import numpy as np
 from drivetrain.conf.schema import RunConfig, SftConfig, TooLong
 
 IDX_HEADER_BYTES = 34
+SPLITS = {"train": "training", "held_out": "held-out"}
 CHUNK = 1 << 16  # conversations at once; even, so that no pair is cut
 
 
@@ -23,9 +24,9 @@ def row_problems(key: str, manifest: dict[str, Any], config: RunConfig) -> Itera
     """
     stage, directory = config.stage, Path(key.partition("=")[2])
     cuts = isinstance(stage, SftConfig) and stage.too_long is TooLong.truncate
-    for split in ("train", "held_out") if stage.eval_every else ("train",):
+    for split in SPLITS if stage.eval_every else ("train",):
         shards = [shard for shard in manifest["shards"] if shard["split"] == split]
-        kind = f"{split.replace('_', '-')} {'pair' if manifest.get('pairs') else 'conversation'}"
+        kind = f"{SPLITS[split]} {'pair' if manifest.get('pairs') else 'conversation'}"
         if not shards:
             continue  # which is a problem of its own
         if cuts:

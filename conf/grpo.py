@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drivetrain.conf.changes import has_checkpoint
-from drivetrain.conf.environments import ENVIRONMENTS
+from drivetrain.conf.environments import environment_problems
+from drivetrain.conf.rewards import reward_problems
 from drivetrain.conf.rollout import RolloutEngine, rollout_problems
 from drivetrain.conf.schema import Device, GrpoConfig, KlEstimator, KlIn, RunConfig, Variant
 from drivetrain.conf.source import tokenizer_of
@@ -38,19 +39,30 @@ def grpo_problems(config: RunConfig) -> Iterator[str]:
         )
     if stage.sample_prompts:
         yield "stage.sample_prompts is not asked in stage=grpo, which shows its own rollouts; leave it out"
-    if not stage.environment.startswith(ENVIRONMENTS):
-        names = f"{', '.join(ENVIRONMENTS[:-1])} or {ENVIRONMENTS[-1]}"
-        yield (
-            f"stage.environment={stage.environment} is not known; it begins with {names}, as in "
-            f"{ENVIRONMENTS[0]}chain_sum?max_terms=3"
-        )
+    yield from environment_problems(stage.environment)
+    yield from reward_problems(stage.rewards, stage.environment_weight, stage.max_completion)
     yield from rollout_problems(stage.rollout, stage.updates)
+    yield from _judge_pace(stage, ranks)
     if stage.rollout.engine is RolloutEngine.vllm and config.cluster.device is Device.cpu:
         yield (
             "stage.rollout.engine=vllm needs GPUs and cluster.device=cpu has none; use stage.rollout.engine=builtin"
         )
     yield from _divergence(config, stage)
     yield from _start(config)
+
+
+def _judge_pace(stage: GrpoConfig, ranks: int) -> Iterator[str]:
+    rubric, limit = stage.rewards.rubric, stage.rollout.timeout_seconds
+    if not rubric.weight or rubric.per_minute <= 0:
+        return
+    completions = -(-stage.prompts_per_step * stage.updates // ranks) * stage.group_size
+    seconds = 60 * completions / rubric.per_minute
+    if seconds > limit:
+        yield (
+            f"stage.rewards.rubric.per_minute={rubric.per_minute} takes {seconds:.0f} s for the {completions} "
+            f"completions of a rank, and stage.rollout.timeout_seconds={limit:g} gives them up before; raise one "
+            "of them"
+        )
 
 
 def _divergence(config: RunConfig, stage: GrpoConfig) -> Iterator[str]:

@@ -130,14 +130,25 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """The tensors of safetensors files, by name.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or no safetensors.
+        CheckpointError: a file is missing, cut short, or no safetensors; or a tensor has no dtype or no shape.
     """
     found = {}
     for file in files:
         for name, entry in _header(file).items():
             if name != "__metadata__":
-                found[name] = Stored(file, name, entry["dtype"], tuple(entry["shape"]))
+                found[name] = _stored(file, name, entry)
     return found
+
+
+def _stored(file: Path, name: str, entry: dict[str, Any]) -> Stored:
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    sizes: list[Any] = shape if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise CheckpointError(
+            f"{file} says of the tensor {name} dtype={dtype!r} and shape={shape!r}, and they are a word and a list "
+            "of sizes; copy it again"
+        )
+    return Stored(file, name, dtype, tuple(sizes))
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -147,15 +158,14 @@ def _header(file: Path) -> dict[str, Any]:
             if not 0 < length <= LONGEST_HEADER:
                 raise ValueError("no length of a header")
             header = json.loads(stream.read(length))
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        whole = 8 + length + max(ends, default=0)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; copy the model again") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}); copy it again") from error
-    if (size := file.stat().st_size) != 8 + length + end:
-        raise CheckpointError(f"{file} has {size} bytes and not {8 + length + end}; copy it again")
+    if (size := file.stat().st_size) != whole:
+        raise CheckpointError(f"{file} has {size} bytes and not {whole}; copy it again")
     assert isinstance(header, dict)
     return header
 

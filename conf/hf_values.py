@@ -87,11 +87,14 @@ class Values:
             raise self.refuse(f"says {key}={found!r}; supported is {' or '.join(map(repr, allowed))}")
 
 
-def generation_ends(directory: Path) -> list[int]:
+def generation_ends(directory: Path, vocab_size: int) -> list[int]:
     """`eos_token_id` of generation_config.json, one or several ids; none where there is no such file or key.
 
+    Args:
+        vocab_size: of the model.
+
     Raises:
-        ConfigError: the file is no JSON object, or an id is no whole number of at least 0.
+        ConfigError: the file is no JSON object, or an id is no whole number in [0, vocab_size).
     """
     if not (directory / GENERATION).is_file():
         return []
@@ -101,4 +104,6 @@ def generation_ends(directory: Path) -> list[int]:
     for end in ends:
         if not isinstance(end, int) or isinstance(end, bool) or end < 0:
             raise values.wrong("eos_token_id", found, "is no token's number nor a list of such")
+        if end >= vocab_size:
+            raise values.wrong("eos_token_id", found, f"is beyond the model's {vocab_size} tokens")
     return ends

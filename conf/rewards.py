@@ -3,8 +3,12 @@
 Each part of the reward is multiplied by its weight and logged under its name; the reward is their sum.
 """
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from enum import Enum
+
+from drivetrain.conf.environments import is_target
 
 
 class Walls(Enum):
@@ -166,3 +170,43 @@ class RewardsConfig:
     reward_model: ModelReward = field(default_factory=ModelReward)
     custom: CustomReward = field(default_factory=CustomReward)
     checkers: int = 1  # processes a rank that gym and math compare answers in
+
+
+def reward_problems(rewards: RewardsConfig, environment_weight: float, max_completion: int) -> Iterator[str]:
+    """One sentence for every problem of the parts that are on, as far as it can be seen without making them."""
+    parts = {item.name: getattr(rewards, item.name) for item in fields(rewards) if item.name != "checkers"}
+    if not environment_weight and not any(part.weight for part in parts.values()):
+        yield (
+            "stage.environment_weight=0 and no part of stage.rewards has a weight, so nothing would be learned; "
+            "give one of them a weight"
+        )
+    for name in ("regex", "format"):
+        pattern = parts[name].pattern
+        if parts[name].weight and pattern is not None:
+            yield from pattern_problems(pattern, f"stage.rewards.{name}.pattern")
+    if rewards.overlong.weight:
+        yield from overlong_problems(rewards.overlong.buffer, max_completion)
+    if rewards.custom.weight:
+        yield from target_problems(rewards.custom.target)
+    if rewards.rubric.weight and not rewards.rubric.model:
+        yield "stage.rewards.rubric.model is empty; give the name that the server knows"
+
+
+def pattern_problems(pattern: str, where: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"{where}={pattern!r} is no regular expression: {error}; correct it"
+
+
+def overlong_problems(buffer: int, max_completion: int) -> Iterator[str]:
+    if buffer > max_completion:
+        yield (
+            f"stage.rewards.overlong.buffer={buffer} is not within stage.max_completion={max_completion}; "
+            "use less"
+        )
+
+
+def target_problems(target: str) -> Iterator[str]:
+    if not is_target(target):
+        yield f"stage.rewards.custom.target={target!r} is not of the form package.module:name; correct it"

@@ -12,6 +12,7 @@ from drivetrain.conf.schema import ModelConfig
 
 MARKER = "complete.json"  # written last into a checkpoint's folder
 RUN_CONFIG, HF_CONFIG, STATE = "config.yaml", "config.json", "state.json"
+HF = "hf"  # in a run: what the Hugging Face directory that it came from, or began from, said of itself
 EXPECTED = "pass a run directory, one of its checkpoints, or a Hugging Face directory"
 
 
@@ -73,6 +74,17 @@ def tokenizer_of(source: Path) -> Path | None:
     kind = kind_of(source)
     place = places[kind] if kind else None
     return place if place is not None and (place / "tokenizer.json").is_file() else None
+
+
+def hf_folder(source: Path) -> Path:
+    """Where config.json and generation_config.json are: beside Hugging Face's weights, or where a run keeps them. A
+    run that was trained here has no config.json there, and perhaps no such folder."""
+    match kind_of(source):
+        case Kind.run:
+            return source / HF
+        case Kind.checkpoint:
+            return source.parent.parent / HF
+    return source
 
 
 def model_of_init_from(composed: DictConfig) -> ModelConfig:

@@ -17,6 +17,7 @@ from drivetrain.conf.grpo import grpo_problems
 from drivetrain.conf.head_dim import head_dim_problem
 from drivetrain.conf.hf_config import differences
 from drivetrain.conf.hf_tensors import tensors_of
+from drivetrain.conf.hf_values import generation_ends
 from drivetrain.conf.lora import lora_problems
 from drivetrain.conf.preference import preference_problems
 from drivetrain.conf.ranges import ABOVE_ZERO, RANGES
@@ -34,7 +35,7 @@ from drivetrain.conf.schema import (
     RunConfig,
     ZeroConfig,
 )
-from drivetrain.conf.source import Kind, describes, kind_of, model_of
+from drivetrain.conf.source import Kind, describes, hf_folder, kind_of, model_of
 
 # What a step of every stage logs.
 METRICS = ("loss", "grad_norm", "step_seconds", "tokens_per_second", "mfu")
@@ -150,7 +151,9 @@ def _init_from(model: ModelConfig, source: Path) -> Iterator[str]:
                     )
                     + "; use model=auto to take all of it from there"
                 )
-            elif kind is Kind.hugging_face:
+                return
+            generation_ends(hf_folder(source), theirs.vocab_size)  # a run keeps them for its export
+            if kind is Kind.hugging_face:
                 tensors_of(source, theirs)
         except DrivetrainError as error:
             yield f"{word}: {error}"

@@ -25,8 +25,8 @@ class Batch:
 
     Reinforcement learning alone, fp32 at the places that predict a completion's tokens and 0 elsewhere:
         token_weights_T: of the objective, times the trained tokens of the whole step. advantages_T.
-        behaviour_logprobs_T: of the distribution that was sampled from. old_logprobs_T: of the weights that
-        sampled, computed as in training. reference_logprobs_T: of the reference model.
+        behaviour_logprobs_T: of the sampler, at its temperature and before its filters. old_logprobs_T: of the
+        weights that sampled, computed as in training. reference_logprobs_T: of the reference model.
     """
 
     tokens_T: Tensor

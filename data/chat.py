@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from drivetrain.data.call_ids import with_short_ids
 from drivetrain.data.conversations import Conversation, Message
 from drivetrain.data.readers import Unusable
 from drivetrain.data.tokenizer import (
@@ -41,6 +42,7 @@ class Chat:
         self.tokenizer = load_template_tokenizer(directory)
         self._templates = chat_templates(directory)
         self._named = special_tokens(directory)
+        self._short_ids: dict[str, bool] = {}  # by template
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._special = sorted({token.content for token in added if token.special}, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, self._special)) or "(?!)")
@@ -56,6 +58,35 @@ class Chat:
         return self._render(messages, tools, add_generation_prompt, marks=False)[0]
 
     def _render(
+        self, messages: list[Message], tools: list[dict] | None, prompt: bool, marks: bool
+    ) -> tuple[str, list[Span]]:
+        called = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        if called and self._wants_short_ids(tools):
+            messages = with_short_ids(messages)
+        return self._render_as_given(messages, tools, prompt, marks)
+
+    def _wants_short_ids(self, tools: list[dict] | None) -> bool:
+        """Whether the template refuses a call for an id that has not 9 characters (Mistral's do)."""
+        template = self._template(tools)
+        if template not in self._short_ids:
+            self._short_ids[template] = self._takes("a" * 9, tools) and not self._takes("a" * 8, tools)
+        return self._short_ids[template]
+
+    def _takes(self, call_id: str, tools: list[dict] | None) -> bool:
+        call = {"id": call_id, "type": "function", "function": {"name": "a", "arguments": {}}}
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "a", "name": "a", "tool_call_id": call_id},
+            {"role": "assistant", "content": "a"},
+        ]
+        try:
+            self._render_as_given(messages, tools, prompt=False, marks=False)
+        except Unusable:
+            return False
+        return True
+
+    def _render_as_given(
         self, messages: list[Message], tools: list[dict] | None, prompt: bool, marks: bool
     ) -> tuple[str, list[Span]]:
         import jinja2

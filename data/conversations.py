@@ -1,16 +1,17 @@
 """Conversations out of files: the shapes that chat data comes in, as one list of messages.
 
     messages      [{"role", "content", "tool_calls", "reasoning_content", "weight"}, ...]   (OpenAI)
-    conversations [{"from": "human" | "gpt" | ..., "value"}, ...], "system"                 (ShareGPT)
-    prompt, completion                                 two texts, or two lists of messages
-    instruction, input, output, system, history                                             (Alpaca)
+    conversations [{"from": "human" | "gpt" | ..., "value"}, ...]                           (ShareGPT)
+    prompt, completion or response                     two texts, or two lists of messages
+    instruction, input, output, history                                                     (Alpaca)
+    instruction, context, response                                                          (Dolly)
 
-Beside any of them: "tools", a list of function schemas. Any of the lists may be JSON in a text, as Parquet files
-often have it.
+Beside any of them: "system", a text, and "tools", a list of function schemas. Any of the lists may be JSON in a
+text, as Parquet files often have it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
+SPEAKER, CONTENT = ("role", "from"), ("content", "value")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SHAPES = ("messages", "conversations", "prompt", "instruction")
 
@@ -78,34 +80,62 @@ def conversation_of(record: Any, where: str = "") -> Conversation:
             in_prompt = 0
         case "prompt":
             prompt = turns(record["prompt"], "user", "prompt")
-            given = [*prompt, *turns(record.get("completion"), "assistant", "completion")]
+            given = [*prompt, *turns(_answer(record, "completion", "response"), "assistant", "completion")]
             in_prompt = len(prompt)
         case "instruction":
             given, in_prompt = _alpaca(record), 0
         case _:
-            raise Unusable(f"no conversation; a record has one of {', '.join(SHAPES)}")
-    if shape == "conversations" and record.get("system") and _role(given[:1]) != "system":
-        given = [{"role": "system", "content": record["system"]}, *given]
-    messages = [_message(item, number) for number, item in enumerate(given, 1)]
+            raise Unusable(f"no conversation; a record has one of {', '.join(SHAPES)}{_pairs_hint(record)}")
+    begun = _with_system(given, record.get("system"))
+    in_prompt += len(begun) - len(given)
+    messages = [_message(item, number) for number, item in enumerate(begun, 1)]
     learned = [
         message["role"] == "assistant" and number > in_prompt and _weight(item, number) == 1
-        for number, (item, message) in enumerate(zip(given, messages, strict=True), 1)
+        for number, (item, message) in enumerate(zip(begun, messages, strict=True), 1)
     ]
     if not any(learned):
         raise Unusable("no message of the assistant to learn")
-    tools = record.get("tools")
-    functions = _list(tools, "tools") if tools else None
-    return Conversation(messages, learned, functions or None, where)
+    return Conversation(messages, learned, _tools(record.get("tools")), where)
+
+
+def _with_system(given: list[Any], system: Any) -> list[Message]:
+    """The messages after what the record says as the system, unless they say it themselves."""
+    if not system:
+        return given
+    if not isinstance(system, str):
+        raise Unusable("system must be text")
+    own = [(number, item) for number, item in enumerate(given, 1) if role_of(item) == "system"]
+    if not own:
+        return [{"role": "system", "content": system}, *given]
+    number, item = own[0]
+    if _text(_first(item, *CONTENT), number).strip() != system.strip():
+        raise Unusable(f"system and message {number}, of the system too, differ; leave one of them")
+    return given
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    parsed = _parsed(tools, "tools is text that is")
+    return _list(parsed, "tools") if parsed else None
+
+
+def _answer(record: Mapping[str, Any], *keys: str) -> Any:
+    """The answer: under the first of these names that the record has."""
+    found = _first(record, *keys)
+    if found is None:
+        raise Unusable(f"no {' or '.join(keys)}{_pairs_hint(record)}")
+    return found
+
+
+def _pairs_hint(keys: Container[str]) -> str:
+    return "; chosen and rejected are built with --pairs" if "chosen" in keys else ""
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    instruction, extra = record["instruction"], record.get("input") or ""
+    instruction, extra = record["instruction"], _first(record, "input", "context") or ""
     if not isinstance(instruction, str) or not isinstance(extra, str):
         raise Unusable("instruction and input must be text")
     given: list[Message] = []
-    if record.get("system"):
-        given.append({"role": "system", "content": record["system"]})
-    history = record.get("history") or []
+    history = _parsed(record.get("history"), "history is text that is") or []
     if not isinstance(history, list):
         raise Unusable("history is not a list of pairs")
     for number, pair in enumerate(history, 1):
@@ -114,23 +144,72 @@ def _alpaca(record: Mapping[str, Any]) -> list[Message]:
         given += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = f"{instruction}\n\n{extra}" if extra else instruction
     given.append({"role": "user", "content": question})
-    given.append({"role": "assistant", "content": record.get("output")})
+    given.append({"role": "assistant", "content": _answer(record, "output", "response")})
     return given
 
 
+def messages_in(value: Any) -> Any:
+    """The list that a text spells in JSON, if its items have `role` or `from`; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    spoken = isinstance(found, list) and all(
+        isinstance(item, dict) and _first(item, *SPEAKER) is not None for item in found
+    )
+    return found if spoken and found else value
+
+
 def turns(value: Any, role: str, key: str) -> list[Message]:
-    """A prompt or a completion: a text is one message."""
-    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+    """A prompt or a completion: a text is one message, unless it spells a list of messages in JSON."""
+    value = messages_in(value)
+    if isinstance(value, str):
         return [{"role": role, "content": value}]
     return _list(value, key)
 
 
+def without_nulls(value: Any) -> Any:
+    """Objects of a Parquet row without the keys that hold null; items of lists stay.
+
+    A struct has every key that any row's object has, and null in those that an object lacks. A null that was meant
+    cannot be told from these; JSON in a text keeps it.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def role_of(message: Mapping[str, Any]) -> str | None:
+    """Who speaks, as chat templates call it; None: a role that is not known."""
+    return ROLES.get(_spelled(message))
+
+
+def _spelled(message: Mapping[str, Any]) -> str:
+    return str(_first(message, *SPEAKER)).lower()
+
+
+def _first(item: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these that is there and not null."""
+    return next((item[key] for key in keys if item.get(key) is not None), None)
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """What a text spells in JSON, None for one of white space; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{what} not JSON ({error})") from error
+
+
 def _list(value: Any, key: str) -> list[Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Unusable(f"{key} is text that is not JSON ({error})") from error
+        value = _parsed(value, f"{key} is text that is")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Unusable(f"{key} is not a list of objects")
     if not value:
@@ -138,24 +217,21 @@ def _list(value: Any, key: str) -> list[Any]:
     return value
 
 
-def _role(given: list[Any]) -> str | None:
-    return ROLES.get(str(given[0].get("role", given[0].get("from")))) if given else None
-
-
 def _message(item: dict[str, Any], number: int) -> Message:
     """One message in the form of `Conversation`."""
-    spelled = item.get("role", item.get("from"))
-    role = ROLES.get(str(spelled))
+    role = role_of(item)
     if role is None:
-        raise Unusable(f"message {number} has the role {spelled!r}; known are {', '.join(ROLES)}")
-    content = _text(item.get("content", item.get("value")), number)
+        raise Unusable(
+            f"message {number} has the role {_first(item, *SPEAKER)!r}; known are {', '.join(ROLES)}"
+        )
+    content = _text(_first(item, *CONTENT), number)
     message: Message = {"role": role, "content": content}
     reasoning = next((item[key] for key in REASONING if item.get(key)), None)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning, number)
-    calls = item.get("tool_calls")
-    if spelled == "function_call":
-        calls, message["content"] = _parsed(content, number), ""
+    calls = _parsed(item.get("tool_calls"), f"message {number} has tool_calls in a text that is")
+    if _spelled(item) == "function_call":
+        calls, message["content"] = _parsed(content, f"message {number} is a function_call that is"), ""
     if calls:
         message["tool_calls"] = [
             _call(call, number) for call in (calls if isinstance(calls, list) else [calls])
@@ -195,13 +271,6 @@ def _part(part: Any, number: int) -> str:
     return text
 
 
-def _parsed(text: str, number: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Unusable(f"message {number} is a function_call that is not JSON ({error})") from error
-
-
 def _call(call: Any, number: int) -> dict[str, Any]:
     """A tool call with its arguments as an object, which templates write as JSON."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -209,10 +278,7 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise Unusable(f"message {number} has a tool call without a function name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise Unusable(f"message {number} has tool arguments that are not JSON ({error})") from error
+        arguments = _parsed(arguments, f"message {number} has tool arguments that are")
     plain: dict[str, Any] = {
         "type": "function",
         "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
@@ -237,7 +303,7 @@ class ConversationReader(Records[Conversation]):
         if not set(columns) & set(SHAPES):
             raise ConfigError(
                 f"{path} holds no conversations: its columns are {', '.join(columns)}, and one of "
-                f"{', '.join(SHAPES)} is needed"
+                f"{', '.join(SHAPES)} is needed{_pairs_hint(columns)}"
             )
         row = 0
         for batch in file.iter_batches(PARQUET_ROWS):
@@ -245,9 +311,8 @@ class ConversationReader(Records[Conversation]):
                 row += 1
                 where = f"{path}, row {row}"
                 try:
-                    found = conversation_of(
-                        {name: batch.column(name)[index].as_py() for name in columns}, where
-                    )
+                    read = {name: batch.column(name)[index].as_py() for name in columns}
+                    found = conversation_of(without_nulls(read), where)
                 except UnicodeDecodeError as error:
                     self.problem(where, f"not UTF-8 ({error.reason})")
                 except Unusable as error:

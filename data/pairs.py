@@ -3,7 +3,8 @@
     prompt, chosen, rejected      texts, or lists of messages; a text is one message
     chosen, rejected              two whole conversations, or two texts, with what they share as the prompt
 
-These are TRL's preference formats. Beside them: "tools", a list of function schemas.
+These are TRL's preference formats. Beside them: "system", a text, and "tools", a list of function
+schemas.
 """
 
 import json
@@ -13,13 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.conf.errors import ConfigError
-from drivetrain.data.conversations import ROLES, Conversation, Message, conversation_of, turns
+from drivetrain.data.conversations import (
+    Conversation,
+    Message,
+    conversation_of,
+    messages_in,
+    role_of,
+    turns,
+    without_nulls,
+)
 from drivetrain.data.readers import PARQUET_ROWS, Records, Unusable
 
 if TYPE_CHECKING:
     import pyarrow.parquet
 
 SIDES = ("chosen", "rejected")
+BESIDE = ("system", "tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +58,32 @@ def pair_of(record: Any, where: str = "") -> Pair:
     for side in SIDES:
         if not record.get(side):
             raise Unusable(f"no {side} answer; a record has {' and '.join(SIDES)}, and most often prompt")
-    texts = [record[side] for side in SIDES]
+    texts = [messages_in(record[side]) for side in SIDES]
     prompt = record.get("prompt")
-    if all(isinstance(text, str) and not text.lstrip().startswith("[{") for text in texts) and prompt is None:
+    if all(isinstance(text, str) for text in texts) and prompt is None:
         prompt, *texts = _split_texts(*texts)
     answers = [turns(text, "assistant", side) for text, side in zip(texts, SIDES, strict=True)]
-    if prompt is None or any(_role(answer[0]) in ("system", "user") for answer in answers):
+    if prompt is None or any(role_of(answer[0]) in ("system", "user") for answer in answers):
         before, *answers = _split_messages(*answers)
     else:
         before = turns(prompt, "user", "prompt")
     if answers[0] == answers[1]:
         raise Unusable("chosen and rejected are the same")
     chosen, rejected = (
-        _conversation(before, answer, record.get("tools"), where, side)
+        _conversation(before, answer, record, where, side)
         for answer, side in zip(answers, SIDES, strict=True)
     )
     return Pair(chosen, rejected, where)
 
 
 def _conversation(
-    before: list[Message], answer: list[Message], tools: Any, where: str, side: str
+    before: list[Message], answer: list[Message], record: dict[str, Any], where: str, side: str
 ) -> Conversation:
+    beside = {key: record.get(key) for key in BESIDE}
     try:
-        return conversation_of({"prompt": before, "completion": answer, "tools": tools}, where)
+        return conversation_of({"prompt": before, "completion": answer, **beside}, where)
     except Unusable as error:
         raise Unusable(f"{side}: {error}") from error
-
-
-def _role(message: Message) -> str | None:
-    return ROLES.get(str(message.get("role", message.get("from"))))
 
 
 def _split_messages(
@@ -131,14 +138,15 @@ class PairReader(Records[Pair]):
                 f"{path} holds no preference pairs: its columns are {', '.join(columns)}, and "
                 f"{' and '.join(SIDES)} are needed"
             )
-        read = [name for name in (*SIDES, "prompt", "tools") if name in columns]
+        read = [name for name in (*SIDES, "prompt", *BESIDE) if name in columns]
         row = 0
         for batch in file.iter_batches(PARQUET_ROWS, columns=read):
             for index in range(batch.num_rows):
                 row += 1
                 where = f"{path}, row {row}"
                 try:
-                    found = pair_of({name: batch.column(name)[index].as_py() for name in read}, where)
+                    given = {name: batch.column(name)[index].as_py() for name in read}
+                    found = pair_of(without_nulls(given), where)
                 except UnicodeDecodeError as error:
                     self.problem(where, f"not UTF-8 ({error.reason})")
                 except Unusable as error:

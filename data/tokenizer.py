@@ -119,16 +119,20 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer as its author made it: special tokens written in a text become special tokens.
+    """The tokenizer as its author made it: special tokens written in a text become special tokens. It neither cuts
+    nor pads, whatever it was saved with.
 
     Raises:
         ConfigError: the directory is missing, or holds no readable `tokenizer.json`.
     """
     path = tokenizer_path(directory)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path} is not a tokenizer ({error}); copy or train it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load_text_tokenizer(directory: Path) -> Tokenizer:

@@ -56,6 +56,23 @@ CHARTS = [
         smooth=True,
     ),
     Chart(slug="reward", title="Reward", metric="rl/reward_mean", smooth=True),
+    Chart(slug="entropy", title="Entropy", unit="nats per token", metric="rl/entropy", smooth=True),
+    Chart(
+        slug="completion_tokens",
+        title="Length of completions",
+        unit="tokens, mean",
+        metric="rl/completion_tokens_mean",
+        from_zero=True,
+        smooth=True,
+    ),
+    Chart(slug="kl", title="KL to the reference", unit="nats per token", metric="rl/kl", smooth=True),
+    Chart(
+        slug="staleness",
+        title="Staleness of rollouts",
+        unit="updates, mean",
+        metric="rl/staleness",
+        from_zero=True,
+    ),
     Chart(slug="lr", title="Learning rate", metric="lr", from_zero=True),
     Chart(
         slug="grad_norm", title="Gradient norm", unit="global L2", metric="grad_norm", log=True, smooth=True

@@ -23,6 +23,7 @@ devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())
 print(json.dumps([[device.name, device.total_memory] for device in devices]))
 """
 STATE = ("weights", "optimizer", "gradients")  # parts of the plan that follow exactly from the parameters
+USE_FSDP = "engine=zero builds the whole model on every rank before it divides it: use engine=fsdp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def plan_here(config: RunConfig) -> tuple[str, bool]:
     """One line about what a rank will need, and whether that is within what it can have.
 
     Raises:
-        ConfigError: weights, moments and gradients alone are larger than the GPU's memory.
+        ConfigError: weights, moments and gradients alone are larger than the GPU's memory, or with engine=zero the
+            whole model is, which each rank begins with.
     """
     cluster = config.cluster
     if cluster.name != "local":
@@ -84,11 +86,17 @@ def plan_here(config: RunConfig) -> tuple[str, bool]:
         share = psutil.virtual_memory().available // cluster.nproc  # what micro_batch=auto goes by, too
         made = make_plan(replace(config, cluster=replace(cluster, device=Device.cpu)), gpu_memory=share)
         line = f"plan: {_need(made)} of the {human_bytes(share)} that are free for it"
-        return (line if made.fits else f"{line}; use a smaller stage.micro_batch or model"), made.fits
+        advice = USE_FSDP if made.start > made.usable_memory else "use a smaller stage.micro_batch or model"
+        return (line if made.fits else f"{line}; {advice}"), made.fits
     gpu = min(gpus[: cluster.nproc], key=lambda gpu: gpu.memory)
     known = find_gpu(gpu.name)
     made = make_plan(config, gpu_memory=gpu.memory, gpu=known.name if known else "H100 SXM")
     fix = f"; {' '.join(made.fix.overrides)} makes it fit" if made.fix else ""
+    if (start := made.start) > gpu.memory:
+        raise ConfigError(
+            f"{gpu.name} has {human_bytes(gpu.memory)} and each rank begins with {human_bytes(start)} of weights; "
+            f"{USE_FSDP}"
+        )
     state = max(sum(parts[name] for name in STATE) for parts in made.memory.values())
     if state > gpu.memory:
         raise ConfigError(

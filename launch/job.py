@@ -19,6 +19,7 @@ from drivetrain.conf.schema import SCHEMAS, ModelConfig, RunConfig, TorchrunConf
 from drivetrain.conf.validate import validate
 from drivetrain.launch import local
 from drivetrain.launch.fit import check_machine, plan_here
+from drivetrain.launch.practice import check_practice
 from drivetrain.launch.run_dir import default_run_dir, hold, make_run_dir, read_overrides, write_text
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped on request; `drivetrain resume` goes on
@@ -67,7 +68,7 @@ def check(config: RunConfig) -> str:
     """Everything that can be known before a run directory is made.
 
     Returns:
-        The plan in one line.
+        The plan in one line, and warnings in others.
 
     Raises:
         ConfigError: one sentence a line.
@@ -75,7 +76,8 @@ def check(config: RunConfig) -> str:
     validate(config)
     check_machine(config)
     line, fits = plan_here(config)
-    return line if fits else f"warning: {line}"
+    warnings = [f"warning: {sentence}" for sentence in check_practice(config)]
+    return "\n".join([*warnings, line if fits else f"warning: {line}"])
 
 
 def resume(run_dir: Path, overrides: Sequence[str], console: Console) -> JobResult:

@@ -22,8 +22,8 @@ from drivetrain.model.flops import (
     trained_count,
 )
 from drivetrain.model.memory import (
-    MOMENTS,
     PARTS,
+    START,
     USABLE,
     Memory,
     choose_micro_batch,
@@ -51,12 +51,14 @@ COLUMNS = {
     "backward_begins": "backward begins",
     "backward_ends": "backward ends",
     "update": "update",
+    START: "start",
 }
 WHEN = {
     "loss": "at the loss",
     "backward_begins": "as the backward pass begins",
     "backward_ends": "as the backward pass ends",
     "update": "at the update",
+    START: "as every rank builds the whole model",
 }
 
 
@@ -117,6 +119,11 @@ class Plan:
     wall_seconds: float
     gpu_hours: float
     checkpoint_bytes: int
+
+    @property
+    def start(self) -> int:
+        """Bytes of weights on each rank before the first step, where that is more than a step needs to hold."""
+        return sum(self.memory.get(START, {}).values())
 
 
 def make_plan(
@@ -305,7 +312,7 @@ def render(plan: Plan) -> Group:
 def _memory_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("Memory of a rank", footer="Total", no_wrap=True)
-    for moment in MOMENTS:
+    for moment in plan.memory:
         total = sum(plan.memory[moment].values())
         style = "bold" if moment == plan.peak_moment else ""
         table.add_column(
@@ -315,7 +322,7 @@ def _memory_table(plan: Plan) -> Table:
             no_wrap=True,
         )
     for part in PARTS:
-        table.add_row(ROWS[part], *(human_bytes(plan.memory[moment][part]) for moment in MOMENTS))
+        table.add_row(ROWS[part], *(human_bytes(parts[part]) for parts in plan.memory.values()))
     return table
 
 
@@ -329,7 +336,9 @@ def _verdict(plan: Plan) -> Text:
     text = Text.assemble(
         ("does not fit", "bold red"), f": the peak of {human_bytes(plan.peak)} {when} is above {share}\n"
     )
-    if plan.fix is None:
+    if plan.start > plan.usable_memory:
+        text.append("DeepSpeed builds the whole model on every rank before it divides it; use engine=fsdp\n")
+    elif plan.fix is None:
         text.append("nothing that was tried makes it fit; use a smaller model, or shorter sequences\n")
     else:
         text.append("the smallest change that makes it fit: ")

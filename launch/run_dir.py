@@ -13,8 +13,10 @@ from pathlib import Path
 
 from drivetrain.conf.compose import to_yaml
 from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.hf_values import GENERATION
 from drivetrain.conf.schema import RunConfig
-from drivetrain.conf.source import tokenizer_of
+from drivetrain.conf.source import HF, hf_folder, tokenizer_of
+from drivetrain.conf.tokenizer_file import tokenizer_hash
 from drivetrain.train.lock import lock_run_dir
 
 OVERRIDES = "overrides.txt"
@@ -79,9 +81,24 @@ def make_run_dir(config: RunConfig, overrides: Sequence[str], run_dir: Path) -> 
             shutil.rmtree(run_dir / "tokenizer.tmp", ignore_errors=True)
             copy_tokenizer(tokenizer, run_dir / "tokenizer.tmp")  # and no weights that lie beside it
             (run_dir / "tokenizer.tmp").rename(run_dir / "tokenizer")
+        _keep_ends(config, run_dir)
         write_text(run_dir / "config.yaml", to_yaml(config))  # last: a folder with it is a run directory
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made: {error.strerror}; choose another run_dir") from error
+
+
+def _keep_ends(config: RunConfig, run_dir: Path) -> None:
+    """Copy generation_config.json of the weights to start from, whose end tokens go into the run's export; ids of
+    another tokenizer than the run's mean nothing there."""
+    if config.model.init_from is None or (run_dir / HF).exists():
+        return
+    source = Path(config.model.init_from)
+    theirs, mine = tokenizer_of(source), run_dir / "tokenizer"
+    if theirs is not None and mine.is_dir() and tokenizer_hash(theirs) != tokenizer_hash(mine):
+        return
+    if (said := hf_folder(source) / GENERATION).is_file():
+        (run_dir / HF).mkdir()
+        write_text(run_dir / HF / GENERATION, said.read_text(encoding="utf-8"))
 
 
 def read_overrides(run_dir: Path) -> list[str]:

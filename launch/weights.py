@@ -23,8 +23,20 @@ from drivetrain.conf.compose import compose, to_yaml
 from drivetrain.conf.errors import ConfigError, DrivetrainError
 from drivetrain.conf.hf_config import differences, hf_from_model, model_from_hf
 from drivetrain.conf.hf_tensors import DTYPES, INDEX, SINGLE, layout, read_headers
+from drivetrain.conf.hf_values import GENERATION, generation_ends
 from drivetrain.conf.schema import ModelConfig
-from drivetrain.conf.source import HF_CONFIG, MARKER, RUN_CONFIG, STATE, Kind, kind_of, model_of, tokenizer_of
+from drivetrain.conf.source import (
+    HF,
+    HF_CONFIG,
+    MARKER,
+    RUN_CONFIG,
+    STATE,
+    Kind,
+    hf_folder,
+    kind_of,
+    model_of,
+    tokenizer_of,
+)
 from drivetrain.data.shards import hash_file, sync_directory
 from drivetrain.data.tokenizer import (
     chat_templates,
@@ -40,8 +52,6 @@ from drivetrain.train.build import weights_folder
 from drivetrain.train.checkpoint import checkpoint_name, origin
 from drivetrain.train.weights import TORCH, whole_weights
 
-HF = "hf"  # in an imported directory: what the source said of itself
-GENERATION = "generation_config.json"
 WORDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # --dtype, and safetensors' names
 # Tokens that end a turn of a chat, where the tokenizer has them and its template writes them.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>")
@@ -143,7 +153,8 @@ def export_hf(source: Path, out: Path, dtype: str | None, max_shard_bytes: int) 
             for path in sorted((made / "tokenizer").iterdir()):
                 path.rename(made / path.name)
             (made / "tokenizer").rmdir()
-        _describe(made, model, described, tokenizer, max(dtypes.values(), key=DTYPES.__getitem__))
+        ends = generation_ends(hf_folder(source), model.vocab_size)
+        _describe(made, model, described, tokenizer, ends, max(dtypes.values(), key=DTYPES.__getitem__))
         return Written(sum(map(len, parts.values())), sum(sizes.values()), len(groups))
 
 
@@ -173,10 +184,7 @@ def _checkpoint_of(source: Path) -> Path | None:
 
 def _described(source: Path) -> Path | None:
     """The folder with what a Hugging Face source said of itself; None for weights that were trained here."""
-    kind = kind_of(source)
-    if kind is Kind.hugging_face:
-        return source
-    found = (source.parent.parent if kind is Kind.checkpoint else source) / HF
+    found = hf_folder(source)
     return found if (found / HF_CONFIG).is_file() else None
 
 
@@ -208,11 +216,20 @@ def _write_index(made: Path, size: int) -> None:
 
 
 def _describe(
-    made: Path, model: ModelConfig, source: Path | None, tokenizer: Path | None, dtype: str
+    made: Path,
+    model: ModelConfig,
+    source: Path | None,
+    tokenizer: Path | None,
+    ends: list[int],
+    dtype: str,
 ) -> None:
-    """config.json and generation_config.json: the source's own where there are such, and they still fit."""
+    """config.json and generation_config.json: the source's own where there are such, and they still fit.
+
+    Args:
+        ends: that the source has, or the weights that it began from.
+    """
     name = str(TORCH[dtype]).removeprefix("torch.")
-    ids = _special_ids(tokenizer) if tokenizer is not None else {}
+    ids = _special_ids(tokenizer, ends) if tokenizer is not None else {}
     config = hf_from_model(model, name) | ids
     generation: dict[str, Any] = ids
     if source is not None:
@@ -229,8 +246,9 @@ def _describe(
     _write(made / GENERATION, generation)
 
 
-def _special_ids(directory: Path) -> dict[str, Any]:
-    """bos, eos and pad, as far as the tokenizer names them; a chat model also stops at the end of a turn."""
+def _special_ids(directory: Path, more: list[int]) -> dict[str, Any]:
+    """bos, eos and pad, as far as the tokenizer names them; a chat model also stops at the end of a turn, and every
+    model at the tokens in `more`."""
     tokenizer, named = load_tokenizer(directory), special_tokens(directory)
     ids: dict[str, Any] = {}
     for key in ("bos_token", "pad_token"):
@@ -238,7 +256,7 @@ def _special_ids(directory: Path) -> dict[str, Any]:
             ids[f"{key}_id"] = found
     template = chat_templates(directory).get("default", "")
     ends = [tokenizer.token_to_id(token) for token in TURN_ENDS if token in template]
-    stops = list(dict.fromkeys([eos_id(directory), *(token for token in ends if token is not None)]))
+    stops = list(dict.fromkeys([eos_id(directory), *(token for token in ends if token is not None), *more]))
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     return ids
 

@@ -111,7 +111,7 @@ def gumbel(rows: Sequence[Row], n: int, device: torch.device) -> Tensor:
 
 def draw(
     logits_BV: Tensor, rows: Sequence[Row], agree: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token a row.
 
     First the block that the token lies in, then the token, each as the largest of log-probability plus Gumbel noise
@@ -124,8 +124,10 @@ def draw(
         agree: replaces the tokens, int64 [B], by those that all ranks shall have.
 
     Returns:
-        tokens int64 [B]; their log-probabilities under the logits as they are; and under the distribution that was
-        sampled from, 0 where the temperature is 0; fp32 [B] both.
+        tokens int64 [B]; their log-probabilities under the logits as they are; those under the distribution that
+        was sampled from; and the log of the probability that the filters kept, of all there is at this temperature:
+        0 without filters. The last two add up to the log-probability at this temperature before the filters. Both
+        are 0 where the temperature is 0; fp32 [B] all three.
 
     Raises:
         NotFinite: logits that are not finite.
@@ -136,22 +138,28 @@ def draw(
     model_total_B = _block_sums(weights_BV).sum(dim=-1)
     if not bool(model_total_B.isfinite().all()):
         raise NotFinite("the model gives logits that are not finite numbers; its weights are broken")
-    weights_BV = _reshape(logits_BV, top_B1, weights_BV, [row.sampling for row in rows])
+    settings = [row.sampling for row in rows]
+    weights_BV = _tempered(logits_BV, top_B1, weights_BV, settings)
     blocks_BM = _block_sums(weights_BV)
+    log_all_B = blocks_BM.sum(dim=-1).log()
+    if filtered := [i for i, each in enumerate(settings) if each.filters]:
+        _filter(weights_BV, filtered, settings)
+        blocks_BM = _block_sums(weights_BV)
     noise = gumbel(rows, blocks_BM.shape[1] + BLOCK, device)
     block_B1 = (blocks_BM.double().log() + noise[:, BLOCK:]).argmax(dim=-1, keepdim=True)
     inside_BL = block_B1 * BLOCK + torch.arange(BLOCK, device=device)
     V = logits_BV.shape[1]
     near_BL = weights_BV.gather(1, inside_BL.clamp(max=V - 1)).masked_fill_(inside_BL >= V, 0)
     offset_B1 = (near_BL.double().log() + noise[:, :BLOCK]).argmax(dim=-1, keepdim=True)
-    greedy_B = torch.tensor([row.sampling.temperature == 0 for row in rows], device=device)
+    greedy_B = torch.tensor([each.temperature == 0 for each in settings], device=device)
     tokens_B = torch.where(greedy_B, likeliest_B1[:, 0], (block_B1 * BLOCK + offset_B1)[:, 0])
     if agree is not None:
         tokens_B = agree(tokens_B)
     at_B1 = tokens_B[:, None]
     logprobs_B = (logits_BV.gather(1, at_B1) - top_B1)[:, 0] - model_total_B.log()
-    behaviour_B = weights_BV.gather(1, at_B1)[:, 0].log() - blocks_BM.sum(dim=-1).log()
-    return tokens_B, logprobs_B, behaviour_B.masked_fill(greedy_B, 0)
+    log_drawn_B = blocks_BM.sum(dim=-1).log()
+    behaviour_B = (weights_BV.gather(1, at_B1)[:, 0].log() - log_drawn_B).masked_fill(greedy_B, 0)
+    return tokens_B, logprobs_B, behaviour_B, (log_drawn_B - log_all_B).masked_fill(greedy_B, 0)
 
 
 def _block_sums(weights_BV: Tensor) -> Tensor:
@@ -162,8 +170,8 @@ def _block_sums(weights_BV: Tensor) -> Tensor:
     return torch.cat([sums_BM, weights_BV[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
 
 
-def _reshape(logits_BV: Tensor, top_B1: Tensor, weights_BV: Tensor, settings: list[Sampling]) -> Tensor:
-    """Unnormalised probabilities of the distribution to sample from, the likeliest token's 1, of those left out 0.
+def _tempered(logits_BV: Tensor, top_B1: Tensor, weights_BV: Tensor, settings: list[Sampling]) -> Tensor:
+    """Unnormalised probabilities at each row's temperature, the likeliest token's 1.
 
     Args:
         weights_BV: those of temperature 1; may be changed.
@@ -172,12 +180,15 @@ def _reshape(logits_BV: Tensor, top_B1: Tensor, weights_BV: Tensor, settings: li
     if any(each.temperature not in (0, 1) for each in settings):
         temperature_B1 = torch.tensor([[each.temperature or 1.0] for each in settings], device=device)
         weights_BV = torch.sub(logits_BV, top_B1, out=weights_BV).div_(temperature_B1).exp_()
-    if filtered := [i for i, each in enumerate(settings) if each.filters]:
-        rows_F = torch.tensor(filtered, device=device)
-        some_FV = weights_BV[rows_F]
-        floor_F1 = _floor(some_FV, [settings[i] for i in filtered])
-        weights_BV[rows_F] = some_FV.masked_fill_(some_FV < floor_F1, 0)
     return weights_BV
+
+
+def _filter(weights_BV: Tensor, filtered: list[int], settings: list[Sampling]) -> None:
+    """Make 0 of what the filters of these rows leave out."""
+    rows_F = torch.tensor(filtered, device=weights_BV.device)
+    some_FV = weights_BV[rows_F]
+    floor_F1 = _floor(some_FV, [settings[i] for i in filtered])
+    weights_BV[rows_F] = some_FV.masked_fill_(some_FV < floor_F1, 0)
 
 
 def _floor(weights_FV: Tensor, settings: list[Sampling]) -> Tensor:

@@ -69,6 +69,8 @@ class Event:
         logprob: natural, under the model at temperature 1.
         behaviour_logprob: under the distribution that was sampled from, after temperature and filters: what an
             importance ratio divides by. 0 where the temperature is 0.
+        log_kept: of the probability that the filters kept, 0 without any: behaviour_logprob + log_kept is the
+            log-probability at this temperature before the filters.
         finish_reason: on the sample's last token. "stop": this is an end or stop token, or completed a stop text;
             "length": max_tokens or the model's max_seq_len is reached.
     """
@@ -78,6 +80,7 @@ class Event:
     token: int
     logprob: float
     behaviour_logprob: float
+    log_kept: float
     finish_reason: FinishReason | None
 
 
@@ -86,6 +89,7 @@ class Completion:
     """A sample's tokens, the end token included where it has one; the numbers are those of `Event`.
 
     `versions`: the number of the weights that drew each token, where weights change under way; else empty.
+    `log_kept`: empty where no filter was applied.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -93,11 +97,13 @@ class Completion:
     behaviour_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     versions: list[int] = field(default_factory=list)
+    log_kept: list[float] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         self.tokens.append(event.token)
         self.logprobs.append(event.logprob)
         self.behaviour_logprobs.append(event.behaviour_logprob)
+        self.log_kept.append(event.log_kept)
         self.finish_reason = event.finish_reason or self.finish_reason
 
 
@@ -359,16 +365,15 @@ class Generator:
         """Draw the next token of every row and drop the samples that it ends."""
         rows = [Row(each.request.sampling, i, each.place) for each in through for i in each.alive]
         drawn = torch.stack([part.double() for part in draw(logits_BV, rows, self.agree)])
-        tokens, logprobs, behaviour = drawn.tolist()
-        taken = iter(zip(tokens, logprobs, behaviour, strict=True))
+        taken = iter(zip(*drawn.tolist(), strict=True))
         events = []
         for each in through:
             going: list[int] = []
             for row, sample in enumerate(each.alive):
-                token, logprob, behaviour_logprob = next(taken)
+                token, logprob, behaviour, kept = next(taken)
                 each.tokens[sample].append(int(token))
                 reason = self._reason(each, sample)
-                events.append(Event(each.id, sample, int(token), logprob, behaviour_logprob, reason))
+                events.append(Event(each.id, sample, int(token), logprob, behaviour, kept, reason))
                 if reason is None:
                     going.append(row)
             if len(going) < len(each.alive):

@@ -9,6 +9,7 @@ with what the model keeps on a CPU; neither has been compared with measured peak
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from drivetrain.conf.head_dim import triton_takes
 from drivetrain.conf.lora import adapters_of
@@ -22,13 +23,15 @@ from drivetrain.conf.schema import (
     Positions,
     RunConfig,
 )
+from drivetrain.conf.source import model_of
 from drivetrain.kernels.chunks import CHUNK_TOKENS, TILE_ELEMENTS, chunk_tokens
 from drivetrain.model.flops import parameter_count, up_rows
-from drivetrain.model.memory_engines import element_bytes, engine_state
+from drivetrain.model.memory_engines import element_bytes, engine_state, start_bytes
 
 # A step's peaks: all activations and a chunk of logits; the last block's backward pass; the first block's, with
 # all gradients; the update.
 MOMENTS = ("loss", "backward_begins", "backward_ends", "update")
+START = "start"  # before them, where an engine then holds what it does not hold in a step
 PARTS = ("weights", "optimizer", "gradients", "buffers", "activations", "working_set")
 
 USABLE = 0.9  # the rest: CUDA context, NCCL's buffers, and what the allocator cannot use
@@ -36,7 +39,8 @@ USABLE = 0.9  # the rest: CUDA context, NCCL's buffers, and what the allocator c
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one rank: `by_moment[moment][part]`, and `host` in the CPU's memory for offloaded state."""
+    """Bytes on one rank: `by_moment[moment][part]`, of `START` too with engine=zero,
+    and `host` in the CPU's memory for offloaded state."""
 
     by_moment: dict[str, dict[str, int]]
     host: int = 0
@@ -46,7 +50,7 @@ class Memory:
 
     @property
     def peak_moment(self) -> str:
-        return max(MOMENTS, key=self.total)
+        return max(self.by_moment, key=self.total)
 
     @property
     def peak(self) -> int:
@@ -80,7 +84,7 @@ def estimate(config: RunConfig, micro_batch: int, device: Device | None = None) 
     activations = (kept + ends, kept, shared + blocks, 0)
     working_sets = (loss, working, working, 0)
     table = {}
-    weights = state.weights + _sampler_weights(config)
+    weights = state.weights + _beside(config, on_cpu)
     for index, moment in enumerate(MOMENTS):
         gradients, buffers = state.moments[index]
         values = (
@@ -92,6 +96,8 @@ def estimate(config: RunConfig, micro_batch: int, device: Device | None = None) 
             working_sets[index],
         )
         table[moment] = {part: int(value) for part, value in zip(PARTS, values, strict=True)}
+    if start := start_bytes(config):
+        table[START] = dict.fromkeys(PARTS, 0) | {"weights": start}
     return Memory(by_moment=table, host=int(state.host))
 
 
@@ -238,9 +244,21 @@ def _head(config: RunConfig, tokens: int, on_cpu: bool) -> tuple[int, int]:
     return ends, loss + tokens * e * dim
 
 
-def _sampler_weights(config: RunConfig) -> int:
-    """Bytes of a whole copy that samples beside training; its keys and values are not counted."""
-    stage = config.stage
-    if not isinstance(stage, GrpoConfig) or not stage.rollout.own_weights:
+def _beside(config: RunConfig, on_cpu: bool) -> float:
+    """Bytes of the models that lie beside the trained one in stage=grpo; keys and values are not counted.
+
+    A whole copy that samples, in the dtype of the forward pass. The reference of `kl_coef` (train/build.py): fp32
+    shards over all ranks, replicas or not, and what stays gathered of it, all outside the blocks. A reward model
+    (train/rl/reward_model_reward.py): whole, in bf16 on a GPU and fp32 on a CPU.
+    """
+    stage, cluster = config.stage, config.cluster
+    if not isinstance(stage, GrpoConfig):
         return 0
-    return element_bytes(config.engine.precision) * parameter_count(config.model).total
+    e, count = element_bytes(config.engine.precision), parameter_count(config.model)
+    found: float = e * count.total if stage.rollout.own_weights else 0
+    if stage.kl_coef:
+        found += 4 * count.total / (cluster.nodes * cluster.nproc) + e * count.outside_blocks
+    judge = stage.rewards.reward_model
+    if judge.weight and judge.run is not None:
+        found += (4 if on_cpu else 2) * parameter_count(model_of(Path(judge.run))).total
+    return found

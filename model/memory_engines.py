@@ -74,6 +74,19 @@ def engine_state(config: RunConfig, accumulates: bool) -> State:
             raise TypeError(f"no memory plan for {type(config.engine).__name__}")
 
 
+def start_bytes(config: RunConfig) -> int:
+    """Bytes of weights on each rank before the first step; 0 with engine=fsdp, whose ranks fill their shards.
+
+    train/engine/zero.py makes the model whole on every rank before DeepSpeed divides it: frozen weights in their
+    own dtype (train/build.py), others in fp32.
+    """
+    if not isinstance(config.engine, ZeroConfig):
+        return 0
+    whole, trained = trained_count(config.model, config.lora)
+    wide = config.engine.zero_stage == 0 or config.engine.precision is Precision.fp32
+    return 4 * trained.total + (4 if wide else 2) * (whole.total - trained.total)
+
+
 def _fsdp(config: RunConfig, cfg: FsdpConfig, sizes: Sizes, accumulates: bool) -> State:
     """FSDP2: fp32 shards of weights, gradients and moments; whole weights of the root group and of two blocks,
     one of them prefetched.

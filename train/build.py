@@ -42,6 +42,7 @@ from drivetrain.train.lock import lock_run_dir
 from drivetrain.train.loop import Loop, Outcome, begin
 from drivetrain.train.mesh import World, shard_mesh
 from drivetrain.train.metrics import peak_memory_bytes, write_summary
+from drivetrain.train.pinned import pinned
 from drivetrain.train.stages.base import Stage
 from drivetrain.train.stages.dpo import DpoStage
 from drivetrain.train.stages.grpo import GrpoStage
@@ -126,7 +127,7 @@ def build_run(config: RunConfig, run_dir: Path, world: World, stop: Stop) -> Run
         stage.prepare(engine, resumed=folder is not None)
     prefetcher = None
     if isinstance(stage, GrpoStage):
-        stage.prepare(engine, build_reference(config, world), watch.note, watch.alarm)
+        stage.prepare(engine, build_reference(config, world, run_dir), watch.note, watch.alarm)
     else:
         pin = world.device.type == "cuda"
         prefetcher = Prefetcher(
@@ -162,16 +163,24 @@ def build_engine(config: RunConfig, world: World, fill: Fill) -> Engine:
     return engine
 
 
-def build_reference(config: RunConfig, world: World) -> Transformer | None:
+def build_reference(config: RunConfig, world: World, run_dir: Path) -> Transformer | None:
     """The frozen model that `stage.kl_coef` keeps the trained one close to: the weights that the run began with,
-    sharded over all ranks under either engine. None: nothing asks for it."""
+    sharded over all ranks under either engine. None: nothing asks for it.
+
+    Raises:
+        CheckpointError: at a resume they are not there any more.
+    """
     if not isinstance(config.stage, GrpoConfig) or not config.stage.kl_coef:
         return None
     model = build_model(config.model, backend_for(config, world.device))
     model.requires_grad_(False)
     shard(model, FsdpConfig(precision=config.engine.precision), shard_mesh(world, 1))
     model.materialize(world.device)
-    _fill(config, None)(model)
+    if config.model.init_from is None:
+        initialize(model, config.model, config.seed)
+    else:
+        folder = pinned(run_dir, Path(config.model.init_from), newest_weights, world)
+        fill_from(folder, config.model)(model)
     return model
 
 

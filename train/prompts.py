@@ -14,6 +14,7 @@ from drivetrain.conf.errors import ConfigError
 from drivetrain.data.chat import Chat
 from drivetrain.data.conversations import Message, conversation_of
 from drivetrain.data.readers import Unusable
+from drivetrain.data.tokenizer import bos_id, text_ids
 from drivetrain.model.draw import Sampling
 from drivetrain.model.generate import Request
 
@@ -26,11 +27,15 @@ class Prompts:
     How long a prompt may be is the generator's to say (`Generator.check`).
 
     Args:
-        directory: of the tokenizer. begin: the token that an empty text becomes.
+        directory: of the tokenizer. begin: the token that an empty text becomes where texts begin with none.
+
+    Raises:
+        ConfigError: as `bos_id`.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, begin: int) -> None:
         self.directory, self.tokenizer, self.begin = directory, tokenizer, begin
+        self.bos = bos_id(directory)
         added = self.tokenizer.get_added_tokens_decoder()
         self._ids = {token.content: number for number, token in added.items()}
         special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
@@ -59,14 +64,15 @@ class Prompts:
         _ = self.turn_end
 
     def continued(self, prompt: str | Sequence[int], sampling: Sampling, samples: int = 1) -> Request:
-        """For a text, in which special tokens count, or for token ids; an empty one begins a document.
+        """For a text, in which special tokens count and which begins as in training, or for token ids as they are;
+        an empty one begins a document.
 
         Raises:
             Unusable: it is not text that UTF-8 can spell.
         """
         if isinstance(prompt, str):
             require_text(prompt, "the prompt")
-            prompt = self.tokenizer.encode(prompt).ids
+            prompt = text_ids(self.tokenizer, self.bos, prompt)
         return self._request(prompt or [self.begin], sampling, (), samples)
 
     def answered(

@@ -1,6 +1,5 @@
 """A directory of weights as something that talks: opened on one device, text in and text out."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 from drivetrain.conf.errors import ConfigError
+from drivetrain.conf.hf_values import generation_ends
 from drivetrain.conf.schema import Kernels, ModelConfig
-from drivetrain.conf.source import model_of, tokenizer_of
+from drivetrain.conf.source import hf_folder, model_of, tokenizer_of
 from drivetrain.data.tokenizer import eos_id, load_tokenizer, vocab_size
 from drivetrain.model.backend import backend_of
 from drivetrain.model.generate import Completion, FinishReason, Generator, Request, Sampling
@@ -62,13 +62,15 @@ def open_model(
         dtype: of the weights; None: bf16 on a GPU, fp32 on the CPU.
 
     Raises:
-        ConfigError: the directory is none of these, has no tokenizer, or has not saved a checkpoint.
+        ConfigError: the directory is none of these, has no tokenizer, names end tokens that the model has not, or
+            has not saved a checkpoint.
         CheckpointError: the weights are damaged, or do not fit their configuration.
     """
     cfg = model_of(source)
     tokenizer_dir = tokenizer_of(source)
     if tokenizer_dir is None:
         raise ConfigError(f"{source} has no tokenizer.json; copy the files of its tokenizer there")
+    tokenizer, ends = load_tokenizer(tokenizer_dir), _eos_ids(source, cfg, tokenizer_dir)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = backend_of(Kernels.auto, device)
     model = build_model(cfg, backend)
@@ -77,21 +79,12 @@ def open_model(
     model.materialize(device)
     model.requires_grad_(False)
     fill_from(source, cfg)(model)
-    tokenizer, ends = load_tokenizer(tokenizer_dir), _eos_ids(source, tokenizer_dir)
     return OpenModel(model, cfg, backend, device, tokenizer, tokenizer_dir, ends)
 
 
-def _eos_ids(source: Path, tokenizer_dir: Path) -> tuple[int, ...]:
-    """The tokenizer's, then those of a Hugging Face model's generation_config.json."""
-    ends = [eos_id(tokenizer_dir)]
-    path = source / "generation_config.json"
-    if path.is_file():
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a JSON object ({error}); copy it again") from error
-        ends += more if isinstance(more, list) else [] if more is None else [more]
-    return tuple(dict.fromkeys(ends))
+def _eos_ids(source: Path, cfg: ModelConfig, tokenizer_dir: Path) -> tuple[int, ...]:
+    """The tokenizer's, then those of the generation_config.json that the weights came with."""
+    return tuple(dict.fromkeys([eos_id(tokenizer_dir), *generation_ends(hf_folder(source), cfg.vocab_size)]))
 
 
 @dataclass(frozen=True, slots=True)

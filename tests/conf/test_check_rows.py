@@ -48,7 +48,7 @@ def test_one_conversation_that_fits_is_enough(written: Write) -> None:
     data = written([90, 70, 80, 64, 99, 99])
     assert problems(data, "stage=sft", "stage.seq_len=64") == []
     assert problems(data, "stage=sft", "stage.seq_len=63") == [
-        f"data.path={data} has no train conversation of at most stage.seq_len=63 tokens, the shortest has 64; "
+        f"data.path={data} has no training conversation of at most stage.seq_len=63 tokens, the shortest has 64; "
         "lengthen it, or use stage.too_long=truncate"
     ]
     assert problems(data, "stage=sft", "stage.seq_len=63", "stage.too_long=truncate") == []
@@ -69,7 +69,7 @@ def test_what_is_cut_must_keep_something_to_learn(written: Write) -> None:
     assert problems(data, *words, "stage.seq_len=50") == [
         f"data.path={data} has no {split} conversation with a learned token among its first stage.seq_len=50; "
         "lengthen it"
-        for split in ("train", "held-out")
+        for split in ("training", "held-out")
     ]
 
 
@@ -78,5 +78,6 @@ def test_a_pair_takes_the_room_of_both(stage: str, written: Write) -> None:
     data = written([50, 20, 40, 31], held_out=[4, 4], pairs=True)
     assert problems(data, f"stage={stage}", "stage.seq_len=70") == []
     assert problems(data, f"stage={stage}", "stage.seq_len=69") == [
-        f"data.path={data} has no train pair of at most stage.seq_len=69 tokens, the shortest has 70; lengthen it"
+        f"data.path={data} has no training pair of at most stage.seq_len=69 tokens, the shortest has 70; "
+        "lengthen it"
     ]

@@ -5,7 +5,7 @@ import pytest
 from drivetrain.conf.compose import compose, load, options, to_yaml
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.learning_rate import RATES
-from drivetrain.conf.schema import SCHEMAS, ModelConfig, MuonConfig, ZeroConfig
+from drivetrain.conf.schema import SCHEMAS, ModelConfig, MuonConfig, SftConfig, ZeroConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -69,8 +69,6 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_groups() -> Non
         (["stage=grpo", "lora.rank=16"], 1e-5),
         (["stage=sft", "optim.lr=3e-3"], 3e-3),
         (["stage=grpo", "optim=muon", "lora.rank=16", "optim.lr=6e-4"], 6e-4),
-        (["experiment=demo_sft"], 1e-3),
-        (["experiment=demo_sft", "lora.rank=8", "optim.lr=5"], 5),
     ],
 )
 def test_a_stage_has_a_learning_rate_where_none_is_given(words: list[str], rate: float) -> None:
@@ -89,10 +87,12 @@ def test_every_stage_has_a_usual_rate() -> None:
 
 def test_an_experiment_outside_the_package_composes(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    text = "# @package _global_\ndefaults: [override /optim: muon, _self_]\noptim: {lr: 0.5}\n"
+    defaults = "[override /optim: muon, override /stage: sft, _self_]"
+    text = f"# @package _global_\ndefaults: {defaults}\noptim: {{lr: 0.5}}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     config = compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
     assert isinstance(config.optim, MuonConfig) and config.optim.lr == 0.5 and config.experiment == "mine"
+    assert isinstance(config.stage, SftConfig) and config.optim.matrix_lr == 6.7e-4
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,43 @@ WRONG = {
         "stage.environment=chess is not known; it begins with reasoning_gym:, questions:, verifiers: or custom:, "
         "as in reasoning_gym:chain_sum?max_terms=3"
     ),
+    "stage.environment='custom:thing'": (
+        "stage.environment=custom:thing: thing is not of the form package.module:name; correct it"
+    ),
+    "stage.environment='questions:nowhere.jsonl'": (
+        "stage.environment=questions:nowhere.jsonl: nowhere.jsonl does not exist; check the path"
+    ),
+    "stage.environment='questions:/?held_out=nowhere.jsonl'": (
+        "stage.environment=questions:/?held_out=nowhere.jsonl: nowhere.jsonl does not exist; check the path"
+    ),
+    "stage.environment='reasoning_gym:gcd?tools=search&documents=nowhere'": (
+        "stage.environment=reasoning_gym:gcd?tools=search&documents=nowhere: nowhere does not exist; check the path"
+    ),
+    "stage.environment_weight=0": (
+        "stage.environment_weight=0 and no part of stage.rewards has a weight, so nothing would be learned; give "
+        "one of them a weight"
+    ),
+    "stage.rewards.regex.weight=1 stage.rewards.regex.pattern='['": (
+        "stage.rewards.regex.pattern='[' is no regular expression: unterminated character set at position 0; "
+        "correct it"
+    ),
+    "stage.rewards.format.weight=1 stage.rewards.format.pattern='a**'": (
+        "stage.rewards.format.pattern='a**' is no regular expression: multiple repeat at position 2; correct it"
+    ),
+    "stage.rewards.overlong.weight=1 stage.rewards.overlong.buffer=513": (
+        "stage.rewards.overlong.buffer=513 is not within stage.max_completion=512; use less"
+    ),
+    "stage.rewards.rubric.weight=1 stage.rewards.rubric.model=m stage.rewards.rubric.per_minute=10 "
+    "stage.prompts_per_step=32 stage.group_size=8 cluster.nproc=1": (
+        "stage.rewards.rubric.per_minute=10 takes 1536 s for the 256 completions of a rank, and "
+        "stage.rollout.timeout_seconds=600 gives them up before; raise one of them"
+    ),
+    "stage.rewards.rubric.weight=1": (
+        "stage.rewards.rubric.model is empty; give the name that the server knows"
+    ),
+    "stage.rewards.custom.weight=1 stage.rewards.custom.target=me": (
+        "stage.rewards.custom.target='me' is not of the form package.module:name; correct it"
+    ),
     "stage.rollout.max_staleness=1 stage.updates=2": (
         "stage.rollout.max_staleness=1 lets sampling run ahead of every step, and stage.updates=2 has steps share "
         "a rollout; use stage.updates=1"

@@ -123,9 +123,9 @@ def test_a_window_that_is_switched_off_may_say_anything(tmp_path: Path) -> None:
     ],
 )
 def test_where_generation_ends(content: str, ends: list[int], tmp_path: Path) -> None:
-    assert generation_ends(tmp_path) == []
+    assert generation_ends(tmp_path, 8) == []
     (tmp_path / "generation_config.json").write_text(content)
-    assert generation_ends(tmp_path) == ends
+    assert generation_ends(tmp_path, 8) == ends
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,22 @@ def test_ends_that_are_no_tokens_are_refused(value: Any, tmp_path: Path) -> None
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ConfigError) as caught:
-        generation_ends(tmp_path)
+        generation_ends(tmp_path, 8)
     assert str(caught.value) == (
         f"{path} says eos_token_id={value!r}, which is no token's number nor a list of such; copy it again"
     )
     for broken in ("[2]", "{", "2"):
         path.write_text(broken)
         with pytest.raises(ConfigError, match=r"generation_config\.json is no"):
-            generation_ends(tmp_path)
+            generation_ends(tmp_path, 8)
+
+
+@pytest.mark.parametrize("value", [8, [2, 999_999]], ids=repr)
+def test_ends_beyond_the_vocabulary_are_refused(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError) as caught:
+        generation_ends(tmp_path, 8)
+    assert str(caught.value) == (
+        f"{path} says eos_token_id={value!r}, which is beyond the model's 8 tokens; copy it again"
+    )

@@ -1,6 +1,7 @@
 """Which tokens are learned, under templates of several families."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from drivetrain.conf.errors import ConfigError
+from drivetrain.data.call_ids import short_id
 from drivetrain.data.chat import Chat
 from drivetrain.data.conversations import Conversation, conversation_of
 from drivetrain.data.readers import Unusable
@@ -28,6 +30,7 @@ SPECIAL = {
     ],
 }
 TEXT = 'Hello there, what is 1 + 2? It is 3, naïve 日本語 😀\n\n{"name": "add"} user assistant ' * 3
+DATE = re.compile(r"Date: \d\d \w{3} \d{4}\n\n")
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
@@ -145,14 +148,22 @@ def test_a_template_that_prompts_for_nothing(chat_of: Callable[..., Chat]) -> No
 
 def test_llama_3(chat_of: Callable[..., Chat]) -> None:
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    assert pieces(chat_of("llama3"), said("s:Be brief", "u:Hello", "a: there ", "u:Hello", "a:Hello")) == [
+    found = pieces(chat_of("llama3"), said("s:Be brief", "u:Hello", "a: there ", "u:Hello", "a:Hello"))
+    assert DATE.search(found[0]) and [DATE.sub("", piece) for piece in found] == [
         f"<|begin_of_text|>{head.format('system')}Be brief<|eot_id|>{head.format('user')}Hello<|eot_id|>"
         + head.format("assistant"),
         "there<|eot_id|>",
         f"{head.format('user')}Hello<|eot_id|>{head.format('assistant')}",
         "Hello<|eot_id|>",
     ]
-    assert pieces(chat_of("llama3"), WITH_TOOLS)[3:] == [
+    found = pieces(chat_of("llama3"), WITH_TOOLS)
+    assert DATE.sub("", found[0]) == (
+        f"<|begin_of_text|>{head.format('system')}<|eot_id|>{head.format('user')}"
+        f"{json.dumps(TOOLS[0], indent=4)}\n\nHello<|eot_id|>{head.format('assistant')}"
+    )
+    assert found[1:] == [
+        "there<|eot_id|>",
+        f"{head.format('user')}1 + 2?<|eot_id|>{head.format('assistant')}",
         '{"name": "add", "parameters": {"a": 1}}<|eot_id|>',
         f"{head.format('ipython')}3<|eot_id|>{head.format('assistant')}",
         "It is 3<|eot_id|>",
@@ -175,13 +186,59 @@ def test_mistral_tools_come_before_the_last_question_alone(
     chat_of: Callable[..., Chat], words: Callable[[], Tokenizer]
 ) -> None:
     available = f"[AVAILABLE_TOOLS] {json.dumps(TOOLS)}[/AVAILABLE_TOOLS]"
+    call_id = short_id("call 0 of message 3")
     assert pieces(chat_of("mistral", words), WITH_TOOLS) == [
         "<s>[INST] Hello [/INST]",
         " there</s>",
         f"{available}[INST] 1 + 2? [/INST]",
-        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>',
-        '[TOOL_RESULTS] {"content": "3"}[/TOOL_RESULTS]',
+        f'[TOOL_CALLS] [{{"name": "add", "arguments": {{"a": 1}}, "id": "{call_id}"}}]</s>',
+        f'[TOOL_RESULTS] {{"content": "3", "call_id": "{call_id}"}}[/TOOL_RESULTS]',
         " It is 3</s>",
+    ]
+
+
+@pytest.mark.parametrize(
+    "ids", [("call_Vy3", "call_9"), ("abcdefghi", "123456789"), (None, None), ('a"b', "7")]
+)
+def test_mistral_gets_ids_of_nine_characters(
+    chat_of: Callable[..., Chat], ids: tuple[str | None, str | None]
+) -> None:
+    calls = [
+        {**({"id": one} if one else {}), "function": {"name": "add", "arguments": {"a": 1}}} for one in ids
+    ]
+    replies = [{"role": "tool", "content": "3", **({"tool_call_id": one} if one else {})} for one in ids]
+    answer = {"role": "assistant", "content": "It is 3"}
+    messages = [*WITH_TOOLS["messages"][:1], {**CALL, "tool_calls": calls}, *replies, answer]
+    text = "".join(pieces(chat_of("mistral"), {"messages": messages}))
+    assert text == "".join(pieces(chat_of("mistral"), {"messages": messages}))
+    called = re.findall(r'"id": "([0-9A-Za-z]{9})"', text)
+    assert called == re.findall(r'"call_id": "([0-9A-Za-z]{9})"', text) and len(set(called)) == 2
+    assert called == list(ids) or ids[0] != "abcdefghi"
+    assert chat_of("mistral").prompt(conversation_of({"messages": messages}).messages[:-1])
+
+
+def test_other_templates_get_the_ids_as_they_are(tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "copy")
+    ids = "{% for m in messages %}{{ m.tool_calls[0].id if m.tool_calls else m.tool_call_id }} {% endfor %}"
+    (tmp_path / "copy" / "chat_template.jinja").write_text(ids)
+    call = {"id": "call_Vy3", "function": {"name": "add"}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages.append({"role": "tool", "content": "3", "tool_call_id": "call_Vy3"})
+    assert Chat(tmp_path / "copy").render(messages) == "call_Vy3 call_Vy3 "
+
+
+def test_replies_of_tools_in_one_turn(chat_of: Callable[..., Chat]) -> None:
+    twice = {**CALL, "tool_calls": CALL["tool_calls"] * 2}
+    replies = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
+    answer = {"role": "assistant", "content": "It is 3"}
+    call = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    messages = [{"role": "user", "content": "what"}, twice, *replies, answer]
+    assert pieces(chat_of("thinking"), {"messages": messages})[1:] == [
+        f"{call}{call}<|im_end|>",
+        "\n<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<think>\n\n</think>\n\nIt is 3<|im_end|>",
+        "\n",
     ]
 
 

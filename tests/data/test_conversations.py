@@ -11,7 +11,7 @@ import pytest
 from drivetrain.conf.errors import ConfigError, DataError
 from drivetrain.data.build import build
 from drivetrain.data.chat import Chat
-from drivetrain.data.conversations import conversation_of
+from drivetrain.data.conversations import ConversationReader, conversation_of
 from drivetrain.data.inspect import inspect, verify
 from drivetrain.data.readers import Unusable
 from drivetrain.data.shard_writer import ShardWriter
@@ -57,6 +57,94 @@ ASKED = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content":
 def test_the_usual_shapes(record: Any, messages: Any, learned: list[bool]) -> None:
     found = conversation_of(record)
     assert found.messages == messages and found.learned == learned and found.tools is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"name": "a"}]',
+        '[{"a": 1}] sum these',
+        '[{"role": "user"}, {"a": 1}]',
+        "[{",
+        "[]",
+        "[1, 2]",
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
+def test_a_text_that_only_looks_like_messages_is_a_text(text: str) -> None:
+    found = conversation_of({"prompt": text, "completion": text})
+    assert [message["content"] for message in found.messages] == [text, text]
+
+
+def test_messages_in_a_text_are_messages() -> None:
+    found = conversation_of({"prompt": f" {json.dumps(ASKED * 2)}", "completion": json.dumps(ASKED[1:])})
+    assert found.messages == ASKED * 2 + ASKED[1:]
+    found = conversation_of({"prompt": '[ {"from": "human", "value": "1 + 2?"}]', "completion": "3"})
+    assert found.messages == ASKED
+
+
+@pytest.mark.parametrize("tools", ["[]", " ", "null", [], None])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert conversation_of({"messages": ASKED, "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize("calls", [[{"function": CALL}], CALL])
+def test_tool_calls_may_be_json_in_a_text(calls: Any) -> None:
+    said = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}
+    found = conversation_of({"messages": [ASKED[0], said]})
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
+
+
+@pytest.mark.parametrize("calls", ["", "[]", "null"])
+def test_no_tool_calls_in_a_text_are_none(calls: str) -> None:
+    assert conversation_of({"messages": [{**item, "tool_calls": calls} for item in ASKED]}).messages == ASKED
+
+
+def test_history_may_be_json_in_a_text() -> None:
+    record = {"instruction": "1 + 2?", "output": "3", "history": json.dumps([["1 + 2?", "3"]])}
+    assert conversation_of(record).messages == ASKED * 2
+
+
+@pytest.mark.parametrize("own", [[], [{"role": "System", "content": " s\n"}]])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"messages": ASKED},
+        {"conversations": ASKED},
+        {"prompt": ASKED[:1], "completion": ASKED[1:]},
+    ],
+)
+def test_a_system_beside_any_shape_is_read(shape: dict[str, Any], own: list[Any]) -> None:
+    first = next(iter(shape))
+    found = conversation_of({**shape, first: [*own, *shape[first]], "system": "s"})
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant"]
+    assert found.messages[0]["content"].strip() == "s" and found.learned == [False, False, True]
+    assert conversation_of({**shape, "system": ""}).messages == ASKED
+
+
+def test_a_system_does_not_make_an_answer_of_the_prompt_learned() -> None:
+    found = conversation_of({"system": "s", "prompt": ASKED * 2, "completion": "3"})
+    assert found.learned == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "1 + 2?", "response": "3"},
+        {"instruction": "1 + 2?", "response": "3", "context": "", "category": "sums"},
+        {"instruction": "1 +", "context": "2?", "response": "3"},
+    ],
+)
+def test_an_answer_may_be_called_response(record: dict[str, Any]) -> None:
+    found = conversation_of(record).messages
+    assert " ".join(found[0]["content"].split()) == "1 + 2?" and found[1:] == ASKED[1:]
+
+
+def test_roles_in_capitals() -> None:
+    shouted = [{**item, "role": item["role"].capitalize()} for item in ASKED]
+    assert conversation_of({"messages": shouted}).messages == ASKED
+    calls = [{"from": "Human", "value": "?"}, {"from": "Function_Call", "value": json.dumps(CALL)}]
+    assert "tool_calls" in conversation_of({"conversations": calls}).messages[1]
 
 
 def test_calls_reasoning_parts_and_weights() -> None:
@@ -133,7 +221,26 @@ def test_calls_reasoning_parts_and_weights() -> None:
             "message 1 has tool arguments that are not JSON",
         ),
         ({"conversations": [{"from": "function_call", "value": "f("}]}, "function_call that is not JSON"),
-        ({"prompt": "x"}, "completion is not a list of objects"),
+        ({"prompt": "x"}, "no completion or response"),
+        (
+            {"prompt": "x", "chosen": "y", "rejected": "z"},
+            "no completion or response; chosen and rejected are built with --pairs",
+        ),
+        ({"chosen": ASKED, "rejected": ASKED}, "prompt, instruction; chosen and rejected are built with"),
+        ({"prompt": "x", "completion": {"role": "assistant"}}, "completion is not a list of objects"),
+        ({"instruction": "x"}, "no output or response"),
+        ({"messages": ASKED, "tools": "{"}, "tools is text that is not JSON"),
+        ({"messages": ASKED, "tools": "[1]"}, "tools is not a list of objects"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": "[{"}]},
+            "message 1 has tool_calls in a text that is not JSON",
+        ),
+        ({"messages": [{"role": None, "content": "x"}]}, "message 1 has the role None"),
+        ({"messages": ASKED, "system": ["s"]}, "system must be text"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *ASKED], "system": "t"},
+            "system and message 1, of the system too, differ; leave one of them",
+        ),
         ({"instruction": 1, "output": "x"}, "instruction and input must be text"),
         ({"instruction": "x", "output": "x", "history": [["x"]]}, "history 1 is no pair"),
         ({"instruction": "x", "output": "x", "history": 5}, "history is not a list of pairs"),
@@ -256,6 +363,58 @@ def test_parquet(tokenizer: Path, tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "b.parquet")
     with pytest.raises(ConfigError, match=r"b\.parquet holds no conversations: its columns are text"):
         build([tmp_path / "b.parquet"], tokenizer, tmp_path / "none", 1, progress=False, chat=True)
+    pair = pyarrow.Table.from_pylist([{"chosen": "x", "rejected": "y"}])
+    pyarrow.parquet.write_table(pair, tmp_path / "c.parquet")
+    with pytest.raises(ConfigError, match="is needed; chosen and rejected are built with --pairs"):
+        build([tmp_path / "c.parquet"], tokenizer, tmp_path / "none", 1, progress=False, chat=True)
+
+
+def read_parquet(path: Path, rows: list[dict[str, Any]]) -> list[Any]:
+    """The conversations of a file whose columns are those of all rows together."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return list(ConversationReader([path], strict=True))
+
+
+def test_parquet_unites_the_keys_of_messages(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "1 + 2?"}, {"from": "gpt", "value": "3"}]
+    rows = [{"conversations": said, "system": "s"}, {"conversations": ASKED}, {"messages": ASKED}]
+    found = read_parquet(tmp_path / "a.parquet", rows)
+    assert [one.messages for one in found] == [[{"role": "system", "content": "s"}, *ASKED], ASKED, ASKED]
+
+
+def test_parquet_unites_the_keys_of_tool_arguments(tmp_path: Path) -> None:
+    def calls(*arguments: Any) -> dict[str, Any]:
+        made = [{"function": {"name": "f", "arguments": one}} for one in arguments]
+        return {"role": "assistant", "content": "", "tool_calls": made}
+
+    tools = [
+        {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}},
+        {"name": "g", "parameters": {"properties": {"b": {"enum": ["x", None]}}}},
+    ]
+    given = [{"a": 1}, {"b": {"c": "x"}}, {"b": {"d": [None, 2]}}]
+    rows = [
+        {"messages": [ASKED[0], calls(*given)], "tools": tools},
+        {"messages": [ASKED[0], calls({"a": 2}), {"role": "tool", "content": "3"}], "tools": tools[:1]},
+    ]
+    one, other = read_parquet(tmp_path / "a.parquet", rows)
+    assert [call["function"]["arguments"] for call in one.messages[1]["tool_calls"]] == given
+    assert other.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": 2}}}
+    ]
+    assert (one.tools, other.tools) == (tools, tools[:1])
+
+
+def test_a_null_that_was_meant_stays_in_a_text(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": json.dumps({"a": None})}
+    messages = [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (found,) = read_parquet(tmp_path / "a.parquet", [{"messages": messages}])
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 
 def test_text_files_hold_no_conversations(tokenizer: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from drivetrain.conf.schema import DataConfig, TooLong
 from drivetrain.data.build import build
 from drivetrain.data.loader import share_of
 from drivetrain.data.packing import Conversations
-from drivetrain.data.pairs import pair_of
+from drivetrain.data.pairs import PairReader, pair_of
 from drivetrain.data.preference import PairBatch, Pairs, PairSource, batch_from_pairs
 from drivetrain.data.readers import Unusable
 from drivetrain.data.sft import SftSource
@@ -60,6 +60,37 @@ def test_every_shape_is_the_same_pair(shape: str) -> None:
     assert texts(pair.chosen.messages) == ["user: hi", "assistant: yes"]
     assert texts(pair.rejected.messages) == ["user: hi", "assistant: no"]
     assert pair.chosen.learned == pair.rejected.learned == [False, True]
+
+
+def test_texts_that_only_look_like_messages_are_texts() -> None:
+    pair = pair_of({"chosen": '[{"a": 1}] sum these: 1', "rejected": '[{"a": 1}] sum these: 2'})
+    assert texts(pair.chosen.messages) == ['user: [{"a": 1}] sum these:', "assistant: 1"]
+    pair = pair_of({"prompt": "list", "chosen": '[{"name": "a"}]', "rejected": "[{"})
+    assert texts(pair.chosen.messages) == ["user: list", 'assistant: [{"name": "a"}]']
+    assert texts(pair.rejected.messages) == ["user: list", "assistant: [{"]
+
+
+def test_a_system_beside_a_pair_is_read() -> None:
+    for shape in SHAPES.values():
+        pair = pair_of({**shape, "system": "s"})
+        for side, answer in ((pair.chosen, "yes"), (pair.rejected, "no")):
+            assert texts(side.messages) == ["system: s", "user: hi", f"assistant: {answer}"]
+            assert side.learned == [False, False, True]
+
+
+def test_parquet_unites_the_keys_of_messages(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    answers = [{"from": "gpt", "value": "yes"}, said("yes")]
+    rows = [
+        {"prompt": "hi", "system": None, "chosen": [answer], "rejected": [said("no")]} for answer in answers
+    ]
+    rows.append({**SHAPES["implicit messages"], "system": "s"})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [texts(pair.chosen.messages) for pair in PairReader([tmp_path / "a.parquet"], strict=True)]
+    plain = ["user: hi", "assistant: yes"]
+    assert found == [plain, plain, ["system: s", *plain]]
 
 
 def test_what_both_begin_with_is_not_learned() -> None:

@@ -104,6 +104,29 @@ def test_only_what_is_certain_is_refused(gpus: list[Gpu]) -> None:
     assert not fits and "MFU" in line
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_is_refused_where_the_whole_model_does_not_fit(stage: int, gpus: list[Gpu]) -> None:
+    """Its parts would: 70B parameters over 64 ranks, and 8B over 8 GPUs of 30 GB."""
+    gpus += [Gpu("NVIDIA Small", 30 * 10**9)] * 8
+    plan_here(llama("stage.micro_batch=1", "engine.checkpointing=block"))
+    with pytest.raises(ConfigError) as caught:
+        plan_here(llama("engine=zero", f"engine.zero_stage={stage}", "engine.offload=true"))
+    assert str(caught.value) == (
+        "NVIDIA Small has 27.9 GiB and each rank begins with 29.9 GiB of weights; engine=zero builds the whole "
+        "model on every rank before it divides it: use engine=fsdp"
+    )
+    large = [
+        "model=llama3_70b",
+        "cluster=torchrun",
+        "cluster.nodes=8",
+        "cluster.nproc=8",
+        "stage.seq_len=8192",
+    ]
+    large += ["stage.tokens_per_step=524288", "engine.checkpointing=block"]
+    assert plan_here(compose(large))[1]
+    assert not plan_here(compose([*large, "engine=zero", f"engine.zero_stage={stage}"]))[1]
+
+
 def test_a_plan_for_other_machines_goes_by_the_data_sheet(gpus: list[Gpu]) -> None:
     gpus.append(Gpu("NVIDIA A10", 1))
     line, fits = plan_here(llama("cluster=torchrun"))

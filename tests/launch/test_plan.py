@@ -88,8 +88,8 @@ def test_auto_is_planned_with_the_largest_micro_batch_that_fits() -> None:
             {"engine.zero_stage", "engine.checkpointing"},
         ),
         (
-            [*LLAMA, "engine=zero", "stage.seq_len=1024", "stage.tokens_per_step=8192"],
-            24e9,
+            [*LLAMA, "engine=zero", "cluster.nproc=2", "stage.seq_len=1024", "stage.tokens_per_step=2048"],
+            48e9,
             {"engine.offload"},
         ),
     ],

@@ -109,11 +109,13 @@ def test_accuracy_and_reward_are_shown_where_a_run_has_them(tmp_path: Path) -> N
     rows = [{"step": step, "rl/correct": step / 100, "rl/reward_mean": step / 50} for step in range(1, 61)]
     for row in rows:
         row |= {"eval/accuracy": row["step"] / 80} if row["step"] in (1, 20, 60) else {}
+        row |= {"rl/entropy": 1.0, "rl/completion_tokens_mean": 40.0, "rl/kl": 0.1, "rl/staleness": 1.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = {"step": 60, "prompt": "2 + 3 =", "completion": "5", "reward": 1.0}
     (run / "samples.jsonl").write_text(json.dumps(shown) + "\n")
     page = build_report([run, write_run(tmp_path / "other")], None)
-    assert {"accuracy.png", "reward.png"} <= {path.name for path in page.parent.iterdir()}
+    charts = ("accuracy", "reward", "entropy", "completion_tokens", "kl", "staleness")
+    assert {f"{name}.png" for name in charts} <= {path.name for path in page.parent.iterdir()}
     figure = draw(
         next(chart for chart in CHARTS if chart.slug == "accuracy"), [load_run(run, "a"), Run(name="b")], DARK
     )

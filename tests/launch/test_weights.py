@@ -20,17 +20,21 @@ from torch import Tensor
 
 from drivetrain.conf.compose import compose, load, to_yaml
 from drivetrain.conf.errors import ConfigError, DrivetrainError
+from drivetrain.conf.hf_values import generation_ends
 from drivetrain.conf.schema import LoraConfig, ModelConfig
 from drivetrain.conf.source import Kind, kind_of, model_of
+from drivetrain.conf.validate import validate
 from drivetrain.data.shards import hash_file
 from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
 from drivetrain.launch import weights as module
+from drivetrain.launch.run_dir import make_run_dir
 from drivetrain.launch.weights import export_hf, import_hf
 from drivetrain.model.lora import adapter_shapes
 from drivetrain.model.transformer import Transformer, build_model, unique_parameters
 from drivetrain.train.adapters import digest_of
 from drivetrain.train.build import fill_from
 from drivetrain.train.checkpoint import origin
+from drivetrain.train.serve import open_model
 
 GB = 10**9
 TOKENS = torch.arange(1, 30)[None]
@@ -148,6 +152,7 @@ def test_transformers_loads_what_was_exported(name: str, tokenizer: Path, tmp_pa
 def test_a_model_is_downloaded_trained_on_and_handed_on(tokenizer: Path, tmp_path: Path) -> None:
     """As a user types it: from a Hugging Face directory to shards, two ranks, an export, and transformers."""
     source = saved("qwen3", tmp_path / "source", tokenizer)
+    theirs = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
     (tmp_path / "text").mkdir()
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text(f"the cat sat on the mat; {number} " * 20)
@@ -172,6 +177,11 @@ def test_a_model_is_downloaded_trained_on_and_handed_on(tokenizer: Path, tmp_pat
     assert "-> out" in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["torch_dtype"]) == (["Qwen3ForCausalLM"], "bfloat16")
+    # Generation stops where the tokenizer says, at the end of a turn, and where the model did that it began from.
+    words = [load_tokenizer(tokenizer).token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == config["eos_token_id"] == [*words, *theirs] and theirs == [3, 5]
+    assert set(open_model(tmp_path / "run").eos_ids) == {words[0], *theirs}
 
     trained = fill(load_model(tmp_path / "run"), tmp_path / "run")
     exported = fill(model_of(tmp_path / "out"), tmp_path / "out")
@@ -187,6 +197,31 @@ def test_a_model_is_downloaded_trained_on_and_handed_on(tokenizer: Path, tmp_pat
     assert not equal(tensors_in(tmp_path / "earlier"), tensors_in(tmp_path / "out"))
     export_hf(tmp_path / "out", tmp_path / "again", None, GB)  # from there in other files, too
     assert equal(tensors_in(tmp_path / "again"), tensors_in(tmp_path / "out"))
+
+
+def test_a_run_keeps_the_ends_of_what_it_began_from(tokenizer: Path, tmp_path: Path) -> None:
+    """Through an imported run and a run that began from that; none of a base with another tokenizer."""
+    source = saved("llama", tmp_path / "source", tokenizer)
+    import_hf(source, tmp_path / "imported", GB)
+    begun = tmp_path / "imported"
+    for name in ("first", "second"):
+        config = compose(["model=auto", f"model.init_from={begun}"])
+        make_run_dir(config, [], begun := tmp_path / name)
+        assert generation_ends(begun / "hf", 272) == [3, 5]
+    shutil.copytree(tokenizer, other := tmp_path / "other")
+    definition = json.loads((other / "tokenizer.json").read_text())
+    definition["added_tokens"][0]["content"] = "<|other|>"
+    (other / "tokenizer.json").write_text(json.dumps(definition))
+    words = ["model=auto", f"model.init_from={source}", f"tokenizer={other}"]
+    make_run_dir(compose(words), words, tmp_path / "third")
+    assert not (tmp_path / "third" / "hf").exists()
+
+
+def test_wrong_ends_of_a_base_are_refused_before_training(tokenizer: Path, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "source", tokenizer)
+    (source / "generation_config.json").write_text('{"eos_token_id": 999999}')
+    with pytest.raises(ConfigError, match=r"eos_token_id=999999, which is beyond the model's 272 tokens"):
+        validate(compose(["model=auto", f"model.init_from={source}"]), data=False)
 
 
 @pytest.mark.parametrize("kind", ["source", "run"])

@@ -1,5 +1,6 @@
 """The distribution that is sampled from, and that draws follow it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,13 +109,32 @@ def test_draws_follow_the_distribution(vocab: int) -> None:
     logits_V[[0, vocab - 1]] += 5
     sampling = Sampling(temperature=1.3)
     rows = [Row(sampling, sample, 3) for sample in range(draws)]
-    tokens_B, logprobs_B, behaviour_B = draw(logits_V.repeat(draws, 1), rows)
+    tokens_B, logprobs_B, behaviour_B, kept_B = draw(logits_V.repeat(draws, 1), rows)
     share_V = (logits_V / 1.3).softmax(-1)
     found_V = torch.bincount(tokens_B, minlength=vocab)
     sigma_V = (share_V * (1 - share_V) * draws).sqrt()
     assert ((found_V - share_V * draws).abs() < 5 * sigma_V + 2).all()
     torch.testing.assert_close(logprobs_B, logits_V.log_softmax(-1)[tokens_B], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(behaviour_B, share_V.log()[tokens_B], rtol=1e-4, atol=1e-5)
+    assert (kept_B == 0).all()
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.5}], ids=str
+)
+def test_what_a_filter_keeps_turns_one_distribution_into_the_other(filters: dict[str, Any]) -> None:
+    """Beside a row without a filter, and one that takes the likeliest."""
+    logits_V = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    sampling = Sampling(temperature=0.7, **filters)
+    rows = [*(Row(sampling, sample, 0) for sample in range(50))]
+    rows += [Row(Sampling(temperature=0.7), 0, 0), Row(replace(sampling, temperature=0.0), 0, 0)]
+    tokens_B, _, behaviour_B, kept_B = draw(logits_V.repeat(len(rows), 1), rows)
+    full_B = (logits_V / 0.7).log_softmax(-1)[tokens_B]
+    torch.testing.assert_close((behaviour_B + kept_B)[:-1], full_B[:-1], rtol=1e-4, atol=1e-5)
+    kept = probabilities(logits_V, sampling) > 0
+    mass = (logits_V / 0.7).softmax(-1)[kept].sum().log().item()
+    assert kept_B[:50].tolist() == pytest.approx([mass] * 50, abs=1e-5) and mass < -0.01
+    assert kept_B[50:].tolist() == [0, 0]
 
 
 def test_rows_of_all_kinds_side_by_side_are_as_they_are_alone() -> None:

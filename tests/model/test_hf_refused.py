@@ -21,7 +21,7 @@ from drivetrain.model.hf import HfWeights
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 LLAMA = {"vocab_size": 40, "max_position_embeddings": 4096, "num_key_value_heads": 1, **SIZES}
-GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024, "vocab_size": 40}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 1024, "vocab_size": 40, "eos_token_id": 1}
 SMOLLM3 = {"pad_token_id": None, **LLAMA}
 
 
@@ -198,6 +198,31 @@ def test_two_faults_make_one_sentence(tmp_path: Path) -> None:
         HfWeights(tmp_path, model_from_hf(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path} lacks model.norm.weight; it has, and the model of its config.json has not, odd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", None), ("shape", None), ("dtype", 4), ("shape", "16"), ("shape", [16.0]), ("shape", [-16])],
+)
+def test_a_header_without_a_tensors_dtype_or_shape_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    """`None`: the key is missing."""
+    saved(tmp_path)
+    cfg, file = model_from_hf(tmp_path), tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"][key] = value
+    if value is None:
+        del header["model.norm.weight"][key]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(CheckpointError) as caught:
+        HfWeights(tmp_path, cfg)
+    entry = {"dtype": "F32", "shape": [16], key: value}
+    assert str(caught.value) == (
+        f"{file} says of the tensor model.norm.weight dtype={entry['dtype']!r} and shape={entry['shape']!r}, and "
+        "they are a word and a list of sizes; copy it again"
     )
 
 

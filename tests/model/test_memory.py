@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drivetrain.conf.compose import compose
+from drivetrain.conf.compose import compose, to_yaml
 from drivetrain.conf.schema import Device, RunConfig
 from drivetrain.model.flops import parameter_count
 from drivetrain.model.memory import MOMENTS, PARTS, USABLE, choose_micro_batch, estimate, sequences_per_rank
@@ -131,6 +131,26 @@ def test_a_copy_that_samples_beside_training_is_counted() -> None:
             assert more == 2 * parameter_count(compose(words).model).total
     other = ["stage.rollout.engine=endpoint", "stage.rollout.max_staleness=1"]
     assert estimate(compose([*words, *other]), 1) == plain
+
+
+def test_the_reference_and_a_reward_model_are_counted(tmp_path: Path) -> None:
+    words = ["stage=grpo", "model=tiny", "engine.precision=bf16", "cluster.nproc=2"]
+    count = parameter_count(compose(words).model)
+    reference = 2 * count.total + 2 * count.outside_blocks
+    judge = compose(["model=smollm2_135m", "data.path=x"])
+    (tmp_path / "config.yaml").write_text(to_yaml(judge))
+    rewards = [f"stage.rewards.reward_model.{word}" for word in ("weight=1", f"run={tmp_path}")]
+    for more, device, expected in (
+        (["stage.kl_coef=0.1"], Device.cuda, reference),
+        (["stage.kl_coef=0.1", "engine.replicas=2"], Device.cuda, reference),
+        (rewards, Device.cuda, 2 * parameter_count(judge.model).total),
+        (rewards, Device.cpu, 4 * parameter_count(judge.model).total),
+    ):
+        without = [word for word in more if word.startswith("engine")]
+        plain = estimate(compose([*words, *without]), 1, device)
+        beside = estimate(compose([*words, *more]), 1, device)
+        for moment in MOMENTS:
+            assert beside.by_moment[moment]["weights"] - plain.by_moment[moment]["weights"] == expected
 
 
 def test_muon_has_one_moment_for_matrices() -> None:

@@ -61,7 +61,7 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     if folder and state:
         engine.load_optimizer(lambda t: checkpoint.load_tensors(folder, t), state["optimizer_steps"])
     said: list[str] = []
-    stage.prepare(engine, build_reference(config, world), said.append, said.append)
+    stage.prepare(engine, build_reference(config, world, Path(case["run_dir"])), said.append, said.append)
     start = int(state["step"]) if state else 0
     rows = []
     for step in range(start + 1, start + case["steps"] + 1):

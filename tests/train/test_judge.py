@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,46 @@ def test_a_rubric_of_the_sample_s_own(server: Server) -> None:
     server.answer = lambda number, body: (200, {}, verdict(True))
     own = sample(rubric=[{"name": "kind", "asks": "Is it kind?"}])
     assert judge(server, criteria=[]).score([own]) == {"kind": [1.0]}
-    with pytest.raises(DataError, match="has no rubric"):
-        judge(server, criteria=[]).score([sample()])
     with pytest.raises(DataError, match="no list of name, asks and weight"):
         judge(server).score([sample(rubric=[{"nam": "x"}])])
+
+
+def test_a_sample_without_criteria_goes_without_a_score(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda number, body: (200, {}, verdict(True))
+    own = sample(rubric=[{"name": "kind", "asks": "Is it kind?"}])
+    parts = judge(server, criteria=[]).score([sample(), own])
+    assert math.isnan(parts["kind"][0]) and parts["kind"][1] == 1.0
+    assert nan(judge(server, criteria=[]).score([sample()]))
+    assert len(server.requests) == 1
+    assert "a sample has no rubric; give it one" in capsys.readouterr().err
+
+
+def test_batches_in_several_threads_share_what_is_limited(server: Server) -> None:
+    """As when each group of a batch that failed is scored by itself."""
+    server.delay = 0.1
+    found = judge(server, concurrent=3)
+    with ThreadPoolExecutor(8) as pool:
+        scored = list(pool.map(lambda number: found.score([sample(str(number % 6))]), range(8)))
+    assert server.most_at_once == 3 and len(server.requests) == 6  # equal requests are under way once
+    assert not any(map(nan, scored))
+    found.close()
+
+
+def test_the_failures_of_a_batch_are_its_own(server: Server) -> None:
+    """The bad ones fail after the good one's batch has begun, as many as would give up a batch."""
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        bad = "bad" in body["messages"][0]["content"]
+        return (400, {}, "") if bad else (200, {}, verdict(True, True, False))
+
+    server.answer, server.delay = answer, 0.1
+    found = judge(server, concurrent=1)
+    texts = ["bad 1", "good 1", "bad 2", "good 2"]
+    with ThreadPoolExecutor(4) as pool:
+        scored = list(pool.map(lambda text: found.score([sample(text)]), texts))
+    assert [nan(parts) for parts in scored] == [True, False, True, False]
 
 
 def test_equal_samples_are_asked_once_and_kept(server: Server, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.data.readers import Unusable
-from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
+from drivetrain.data.tokenizer import bos_id, load_tokenizer, text_ids, train_tokenizer
 from drivetrain.model.draw import Sampling
 from drivetrain.train.prompts import Prompts
 
@@ -65,6 +65,51 @@ def test_a_text_is_continued_and_an_empty_one_begins_a_document(
         assert request.sampling.stop_tokens == ()
     for empty in ("", []):
         assert prompts.continued(empty, Sampling()).prompt == [tokenizer.token_to_id("<|endoftext|>")]
+
+
+@pytest.fixture(params=["add_bos_token", "a template", "a template that ends texts too", "neither"])
+def begins(request: pytest.FixtureRequest, directory: Path, tmp_path: Path) -> Path:
+    """Tokenizers that say in each of the ways whether texts begin with <s>."""
+    shutil.copytree(directory, folder := tmp_path / "tokenizer")
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens([AddedToken("<s>", special=True)])
+    if request.param.startswith("a template"):
+        ids = [(token, made.token_to_id(token)) for token in ("<s>", "<|endoftext|>")]
+        single = "<s> $A" if request.param == "a template" else "<s> $A <|endoftext|>"
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    made.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "<s>", "add_bos_token": request.param == "add_bos_token"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_text_begins_as_it_does_in_training(begins: Path) -> None:
+    tokenizer = load_tokenizer(begins)
+    prompts, bos = Prompts(begins, tokenizer, tokenizer.token_to_id("<|endoftext|>")), bos_id(begins)
+    cat = tokenizer.encode("the cat", add_special_tokens=False).ids
+    first = [] if bos is None else [tokenizer.token_to_id("<s>")]
+    for text, ids in {
+        "the cat": [*first, *cat],
+        "<s>the cat": [tokenizer.token_to_id("<s>"), *cat],  # never twice
+        "": first or [tokenizer.token_to_id("<|endoftext|>")],
+    }.items():
+        assert prompts.continued(text, Sampling()).prompt == ids
+        assert text_ids(tokenizer, bos, text) == (ids if text or first else [])
+    assert prompts.continued(cat, Sampling()).prompt == cat  # token ids are taken as they are
+
+
+@pytest.mark.parametrize("what", ["truncation", "padding"])
+def test_no_text_is_cut_or_padded(what: str, directory: Path, tmp_path: Path) -> None:
+    """A tokenizer.json may keep what it was saved with, as sentence-transformers' and many fine-tuned ones do."""
+    shutil.copytree(directory, folder := tmp_path / "tokenizer")
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    whole = saved.encode("the cat sat on the mat").ids
+    saved.enable_truncation(2) if what == "truncation" else saved.enable_padding(length=64)
+    saved.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert text_ids(tokenizer, None, "the cat sat on the mat") == whole
+    assert Prompts(folder, tokenizer, 0).continued("the cat sat on the mat", Sampling()).prompt == whole
 
 
 def test_stop_texts_that_spell_tokens_stand_for_them(prompts: Prompts, tokenizer: Tokenizer) -> None:

@@ -194,6 +194,8 @@ def test_total_leaves_out_what_could_not_be_scored() -> None:
     assert found.rewards[:3] == [1.5, 2.0, -1.0]
     assert math.isnan(found.rewards[3])
     assert found.unscored == {"a": 2, "b": 2}
+    found = total({"a": [1.0, math.inf], "b": [-math.inf, nan]})
+    assert found.rewards[0] == 1 and math.isnan(found.rewards[1]) and found.unscored == {"a": 1, "b": 2}
 
 
 @given(

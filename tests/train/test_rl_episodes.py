@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from drivetrain.conf.errors import ConfigError
 from drivetrain.data.chat import Chat
 from drivetrain.model.generate import Completion, Request, Sampling
 from drivetrain.train.rl.episodes import Defaults, EpisodeError, Played, Problem, Step, Turn
+from drivetrain.train.rl.guard import GuardedEnvironment
 from drivetrain.train.rl.play import Player, Task
 from drivetrain.train.rl.rewards import Sample
 from drivetrain.train.rl.turns import Turns
@@ -268,6 +271,41 @@ def test_what_fails_is_dropped_and_said_once(
     assert capsys.readouterr().err == "warning: an episode is left out: the server is gone\n"
     lost: Callable[..., Any] = lambda requests: [[None] * request.samples for request in requests]  # noqa: E731
     assert played(chat, environment, lost, "<|im_end|>")[0][0].trajectory.finish_reason == "failed"
+
+
+class Hanging(Scripted):
+    """Episodes of the first problem hang: in what they are begun with, in their step, or in their end."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__([USER])
+        self.where = where
+
+    def reset(self, problem: Problem, seed: int) -> Any:
+        first = problem.reference["number"] == 0
+        if first and self.where == "reset":
+            threading.Event().wait()
+        episode: Any = super().reset(problem, seed)
+        if first and self.where != "reset":
+            setattr(episode, self.where, lambda *_: threading.Event().wait())
+        return episode
+
+
+@pytest.mark.parametrize("where", ["reset", "step", "end"])
+def test_however_many_hang_a_round_takes_one_deadline(chat_of: Callable[..., Chat], where: str) -> None:
+    chat = chat_of("chatml")
+    says = [unlikely(chat, "Hello", "<|im_end|>")] * 2
+    environment = GuardedEnvironment(Hanging(where), 1.0)
+    player = Player(environment, chat, [chat.tokenizer.token_to_id("<|im_end|>")], 400, 1.0)
+    tasks = [
+        Task(environment.problem(number), Sampling(max_tokens=100, seed=5), many)
+        for number, many in ((0, 6), (1, 2))
+    ]
+    began = time.monotonic()
+    hung, whole = player.play(tasks, Script(says))
+    assert time.monotonic() - began < 2.5
+    assert [one.trajectory.finish_reason for one in hung] == ["failed"] * 6
+    assert [one.trajectory.turns for one in whole] == [2, 2]
+    assert [one.rewards for one in whole] == [{"turns": 1.25}] * 2
 
 
 def test_text_within_the_models_turn(chat_of: Callable[..., Chat]) -> None:

@@ -83,6 +83,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
 ) -> None:
     words = [
         "stage.dynamic_sampling=true",
+        "stage.environment_weight=0",  # nothing is right yet, and vowels are what is compared
         "stage.kl_coef=0.1",
         "stage.kl_in=reward",
         "stage.kl_estimator=k1",
@@ -93,6 +94,39 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     second = run_ranks(WORKER, 1, [case("rest", small, run_dir, *words, steps=2, load=str(folder))])["rest"]
     assert second["rows"] == first["rows"][2:]
     assert second["eval"] == first["eval"] and second["samples"] == first["samples"]
+
+
+def test_a_stop_within_a_rollout_loses_no_prompt(
+    small: list[str], run_dir: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    """Two steps share four prompts, and the run stops after the first."""
+    words = ["stage.prompts_per_step=2", "stage.updates=2", "stage.eval_problems=2"]
+    kept = {"save": str(tmp_path / "saved"), "save_after": 1}
+    whole = run_ranks(WORKER, 1, [case("whole", small, run_dir, *words, steps=4, **kept)])["whole"]
+    assert [row["prompts"] for row in whole["rows"]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    again = case("rest", small, run_dir, *words, steps=3, load=str(tmp_path / "saved" / "step_00000001"))
+    rest = run_ranks(WORKER, 1, [again])["rest"]
+    assert [row["prompts"] for row in rest["rows"]] == [[2, 3], [4, 5], [6, 7]]
+
+
+FILTERS = {
+    "top_p": ("stage.top_p=0.8",),
+    "top_k": ("stage.top_k=20", "stage.temperature=1.5"),
+    "padded": ("model.vocab_size=320",),
+    "all": ("model.vocab_size=320", "stage.top_p=0.8", "stage.top_k=20", "stage.rollout.copy=true"),
+}
+
+
+def test_at_equal_weights_trainer_and_sampler_agree_whatever_is_left_out(
+    small: list[str], run_dir: Path, run_ranks: RunRanks
+) -> None:
+    words = ("stage.importance=sequence", "stage.updates=2", "stage.save_every=2")
+    cases = [case(name, small, run_dir, *more, *words, steps=1) for name, more in FILTERS.items()]
+    for name, found in run_ranks(WORKER, 1, cases).items():
+        (row,) = found["rows"]
+        assert row["rl/gap_max"] < 1e-4, name
+        assert row["rl/importance"] == pytest.approx(1, abs=1e-3), name
+        assert row["rl/ratio"] == pytest.approx(1, abs=1e-5) and row["norm"] > 1e-3, name
 
 
 def test_what_is_rewarded_gets_likelier(small: list[str], run_dir: Path, run_ranks: RunRanks) -> None:

@@ -137,3 +137,11 @@ def test_weights_of_tokens() -> None:
         assert weights(sequence) == pytest.approx([1 / 2, 1 / 6])
     assert weights(Variant.dr_grpo) == pytest.approx([1 / 20, 1 / 20])
     assert weights(Variant.rloo) == pytest.approx([1 / 2, 1 / 2])
+
+
+@pytest.mark.parametrize("variant", Variant)
+def test_a_dropped_completion_counts_nowhere(variant: Variant) -> None:
+    found = sequence_weights(variant, np.array([1, 0, 3, 0]), 10)
+    assert found[[1, 3]].tolist() == [0, 0]
+    assert found[[0, 2]].tolist() == sequence_weights(variant, np.array([1, 3]), 10).tolist()
+    assert sequence_weights(variant, np.array([0, 0]), 10).tolist() == [0, 0]

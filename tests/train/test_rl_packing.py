@@ -100,7 +100,9 @@ def step(
 @pytest.mark.parametrize("variant", Variant)
 @settings(max_examples=15)
 @given(
-    lengths_PG=st.lists(st.lists(st.integers(1, LONGEST), min_size=2, max_size=2), min_size=1, max_size=6),
+    lengths_PG=st.lists(
+        st.lists(st.integers(0, LONGEST), min_size=2, max_size=2), min_size=1, max_size=6
+    ).filter(lambda lengths: any(map(any, lengths))),  # 0: dropped
     seed=st.integers(0, 100),
     row_len=st.integers(24, 60),
     micro_batch=st.integers(1, 4),
@@ -118,17 +120,26 @@ def test_the_loss_does_not_change_with_ranks_micro_batches_and_rows(
 
 
 def test_the_loss_is_the_mean_that_the_variant_names() -> None:
-    """On-policy a token's loss is -advantage."""
+    """On-policy a token's loss is -advantage, and for cispo that times the token's log-probability."""
     made = groups([[1, 3], [2, 4]], seed=1)
     advantages_PG = np.array([[1.0, 2.0], [3.0, 4.0]])
     lengths = np.array([1, 3, 2, 4])
+    logprob_mean = 0.0
+    for advantage, one in zip(
+        advantages_PG.ravel(), (one for group in made for one in group.completions), strict=True
+    ):
+        tokens = torch.tensor([token for token, mine in zip(one.tokens, one.written, strict=True) if mine])
+        logprob_mean -= float(advantage * as_if(tokens, 0.0).sum()) / 10
     expected = {
         Variant.dapo: -(1 * 1 + 2 * 3 + 3 * 2 + 4 * 4) / 10,
         Variant.grpo: -(1 + 2 + 3 + 4) / 4,
         Variant.dr_grpo: -(1 * 1 + 2 * 3 + 3 * 2 + 4 * 4) / (4 * LONGEST),
         Variant.rloo: -(1 * 1 + 2 * 3 + 3 * 2 + 4 * 4) / 4,
         Variant.gspo: -(1 + 2 + 3 + 4) / 4,
+        Variant.reinforce_pp: -(1 + 2 + 3 + 4) / 4,
+        Variant.cispo: logprob_mean,
     }
+    assert set(expected) == set(Variant)
     for variant, value in expected.items():
         cfg = GrpoConfig(
             seq_len=32,

@@ -1,5 +1,7 @@
 """What a step says of itself, and when it warns."""
 
+import json
+
 import pytest
 import torch
 
@@ -76,6 +78,18 @@ def test_growing_without_getting_better_is_said() -> None:
     said = [line for step in range(20) for line in longer.check(step, 1, 0.5, 0.5, 10 + step)]
     assert len(said) == 1 and "completions have grown from 14 to 24 tokens" in said[0]
     assert not [line for step in range(20) for line in better.check(step, 1, 0.02 * step, 0.5, 10 + step)]
+
+
+def test_a_resume_knows_what_the_first_steps_were_like() -> None:
+    """Else what has collapsed would be what it began with."""
+    whole, said = RlAlarms(10), list[list[str]]()
+    for step in range(40):
+        if step in (15, 25):
+            whole = RlAlarms(10, json.loads(json.dumps(whole.state())))
+        said.append(whole.check(step, 0.8 if step < 20 else 0.01, 0.5, 0.5, 10 + step))
+    assert [step for step, lines in enumerate(said) for line in lines if "the entropy" in line] == [20]
+    assert [step for step, lines in enumerate(said) for line in lines if "have grown" in line] == [19]
+    assert RlAlarms(3, whole.state()).state()["lengths"] == [44, 45, 46, 47, 48, 49]
 
 
 def test_parts_that_could_not_be_scored_are_counted_and_said_once() -> None:

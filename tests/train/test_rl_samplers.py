@@ -1,5 +1,6 @@
 """Samplers that other threads call, and work that fails or never ends."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,15 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain.conf.errors import ConfigError, DrivetrainError
+from drivetrain.conf.errors import ConfigError, DataError, DrivetrainError
 from drivetrain.conf.schema import ModelConfig
 from drivetrain.model.generate import Generator, Request, Sampling
 from drivetrain.model.initialize import initialize
 from drivetrain.model.transformer import Transformer, build_model, unique_parameters
 from drivetrain.train.rl.background import Background
-from drivetrain.train.rl.episodes import EpisodeError, Problem, Step, Turn
-from drivetrain.train.rl.guard import GivenUp, GuardedEnvironment, Warnings, bounded, each_or_none
+from drivetrain.train.rl.episodes import Defaults, EpisodeError, Problem, Step, Turn
+from drivetrain.train.rl.guard import (
+    GivenUp,
+    GuardedEnvironment,
+    GuardedEpisode,
+    Warnings,
+    bounded,
+    each_or_none,
+    together,
+)
 from drivetrain.train.rl.samplers.local import Local
+from drivetrain.train.rl.samplers.shared import Shared
 
 CPU = torch.device("cpu")
 CFG = ModelConfig(
@@ -151,6 +161,15 @@ def test_an_error_reaches_who_waits_and_the_sampler_goes_on(local: Local) -> Non
         local.generate(REQUESTS)
 
 
+def test_what_cannot_be_completed_at_all_is_a_sentence(local: Local) -> None:
+    """With shared weights as with a copy of them."""
+    shared = Shared(lambda: Generator(built(0), CFG, CPU, vocab_size=CFG.vocab_size))
+    long = [Request([1] * CFG.max_seq_len, Sampling(max_tokens=1))]
+    for sampler in (shared, local):
+        with pytest.raises(ConfigError, match="tokens"):
+            sampler.generate(long)
+
+
 def hang() -> None:
     threading.Event().wait()
 
@@ -190,32 +209,89 @@ def test_what_a_user_has_to_mend_is_told_at_once() -> None:
         each_or_none(judge, [1], 1.0, 3, Warnings())
 
 
+@pytest.mark.parametrize("hung", [0, 3, 9])
+def test_what_hangs_keeps_nobody_else_from_their_share(hung: int) -> None:
+    """Three at a time, twelve in all: four rounds of half a second each."""
+    functions = [hang] * hung + [lambda: time.sleep(0.05)] * (11 - hung) + [lambda: 1 / 0]
+    began = time.monotonic()
+    found = together(functions, 3, 2.0)
+    assert time.monotonic() - began < (2.5 if hung else 1.5)
+    assert [type(each) for each in found] == [GivenUp] * hung + [type(None)] * (11 - hung) + [
+        ZeroDivisionError
+    ]
+    assert together([lambda: 3], 8, math.inf) == [3] and together([], 8, 1.0) == []
+
+
+def test_no_more_than_asked_for_run_together_while_they_keep_up() -> None:
+    running, most = [0], [0]
+
+    def work() -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        running[0] -= 1
+
+    together([work] * 30, 3, 30.0)
+    assert most[0] == 3
+
+
 class Stuck:
+    """An episode whose step waits; `log` is what was asked of it."""
+
+    def __init__(self, log: list[str], gate: threading.Event) -> None:
+        self.log, self.gate = log, gate
+
     def step(self, turn: Turn) -> Step:
-        hang()
-        raise AssertionError
+        self.log.append("step")
+        self.gate.wait()
+        return Step(done=True)
 
     def end(self) -> dict[str, float]:
+        self.log.append("end")
         raise OSError("gone")
 
 
-class Sticky:
-    reward: Any = None
-    tools = None
-    stop: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
-    workers = 1
-
-    def reset(self, problem: Problem, seed: int) -> Stuck:
-        return Stuck()
-
-
-def test_a_step_of_an_environment_that_hangs_ends_its_episode() -> None:
-    episode = GuardedEnvironment(Sticky(), 0.2).reset(Problem([]), 0)  # type: ignore[arg-type]
-    with pytest.raises(EpisodeError, match="its step failed: GivenUp"):
-        episode.step(Turn("a", False))
+def test_a_hung_episode_is_ended_by_whoever_is_last() -> None:
+    log, gate = list[str](), threading.Event()
+    episode = GuardedEpisode(lambda: Stuck(log, gate))
+    with pytest.raises(GivenUp):
+        bounded(lambda: episode.step(Turn("a", False)), 0.2)
+    began = time.monotonic()
+    assert episode.end() == {} and log == ["step"]  # it is still at it
+    assert time.monotonic() - began < 0.1
+    gate.set()
+    until = time.monotonic() + 5
+    while "end" not in log and time.monotonic() < until:
+        time.sleep(0.01)
+    assert log == ["step", "end"]
+    never = GuardedEpisode(lambda: Stuck(log, gate))
+    assert never.end() == {} and log == ["step", "end"]  # what never began has no end
+    begun = GuardedEpisode(lambda: Stuck(log, gate))
+    begun.step(Turn("a", False))
     with pytest.raises(EpisodeError, match="its end failed: OSError: gone"):
-        episode.end()
+        begun.end()
+
+
+class Sticky(Defaults):
+    reward: Any = None
+
+    def problem(self, number: int) -> Problem:
+        return hang() if number else [][0]
+
+    def held_out(self, count: int) -> list[Problem]:
+        raise DataError("no file")
+
+
+def test_an_environment_without_problems_ends_the_run_with_a_sentence() -> None:
+    guarded = GuardedEnvironment(Sticky(), 0.2)  # type: ignore[arg-type]
+    with pytest.raises(
+        DrivetrainError, match=r"gives no problem 1: GivenUp: nothing came within 0\.2 s; mend"
+    ):
+        guarded.problem(1)
+    with pytest.raises(DrivetrainError, match="gives no problem 0: IndexError"):
+        guarded.problem(0)
+    with pytest.raises(DataError, match="no file"):
+        guarded.held_out(1)
 
 
 def waited(work: Background[Any, Any, Any], numbers: set[int]) -> dict[int, Any]:

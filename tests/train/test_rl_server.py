@@ -21,6 +21,7 @@ from drivetrain.model.hf import fill_from_hf
 from drivetrain.model.initialize import initialize
 from drivetrain.model.transformer import Transformer, build_model, unique_parameters
 from drivetrain.train.mesh import World
+from drivetrain.train.rl.episodes import Trajectory
 from drivetrain.train.rl.samplers import send
 from drivetrain.train.rl.samplers.server import Server, VllmServer
 
@@ -246,6 +247,8 @@ def test_a_vllm_server_is_sent_the_weights(
     assert [path for path, _ in fake.asked] == 2 * order
     ((one,),) = made.generate([Request([5], Sampling(temperature=0.5))])
     assert one and one.versions == [3, 3] and one.behaviour_logprobs == [-0.5, -0.25]
+    ((one,),) = made.generate([Request([5], Sampling(top_p=0.5))])  # of what share of all tokens, is not told
+    assert one and all(map(math.isnan, Trajectory.of(one).behaviour_logprobs))
 
 
 def test_a_server_that_takes_no_weights_is_resumed(
@@ -256,6 +259,22 @@ def test_a_server_that_takes_no_weights_is_resumed(
     with pytest.raises(DrivetrainError, match="started with VLLM_SERVER_DEV_MODE=1"):
         made.sync(Weights(0), 0)  # type: ignore[arg-type]
     assert fake.asked[-1][0] == "/resume"
+
+
+def test_what_fails_for_a_moment_does_not_keep_the_weights_away(
+    fake: Fake, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.answer = lambda number, path, body: (503 if number == 2 else 200, {})
+    made = follower(fake, tokenizer, tmp_path / "sent", monkeypatch)
+    made.retries = 1
+    made.sync(Weights(0), 0)  # type: ignore[arg-type]
+    reload = ["/collective_rpc"] * 2
+    assert [path for path, _ in fake.asked] == [
+        "/pause?mode=keep",
+        *reload,
+        "/reset_prefix_cache",
+        "/resume",
+    ]
 
 
 def test_a_run_learns_from_a_frozen_model(
@@ -288,7 +307,8 @@ def test_a_run_learns_from_a_frozen_model(
     assert sum(row["rl/dropped"] for row in found["rows"]) == 3
     for row in found["rows"]:
         assert len(row["prompts"]) == 2 and row["rl/completion_tokens_mean"] == 3
-        assert row["rl/importance"] == 1 and row["rl/gap_max"] == 0 and row["rl/staleness"] == 0
+        assert row["rl/importance"] == 1 and row["rl/gap_max"] == 0
+        assert "rl/staleness" not in row  # its model has no age
         assert row["norm"] > 0
     assert (
         0 <= found["eval"]["eval/accuracy"] <= 1

@@ -1,6 +1,8 @@
 """A Hugging Face directory as something that talks."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.data.tokenizer import load_tokenizer, train_tokenizer
+from drivetrain.launch.weights import import_hf
 from drivetrain.model.generate import Sampling
 from drivetrain.train.serve import Sampler, open_model
 
@@ -49,6 +52,26 @@ def test_a_source_is_opened_with_all_its_end_tokens(source: Path) -> None:
     assert opened.model.embed.weight.dtype == torch.float32
     assert opened.generator().vocab_size == 290
     assert open_model(source, dtype=torch.bfloat16).model.embed.weight.dtype == torch.bfloat16
+
+
+def test_an_imported_run_keeps_its_end_tokens(source: Path, tmp_path: Path) -> None:
+    ends = open_model(source).eos_ids
+    assert len(ends) == 2
+    import_hf(source, tmp_path / "run", 10**9)
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000000"):
+        assert open_model(place).eos_ids == ends
+
+
+@pytest.mark.parametrize("wrong", [[[1]], "x", 999_999, True], ids=repr)
+@pytest.mark.parametrize("kind", ["source", "run"])
+def test_wrong_end_tokens_are_one_sentence(kind: str, wrong: object, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    import_hf(source, tmp_path / "run", 10**9)
+    file = tmp_path / ("source" if kind == "source" else "run/hf") / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ConfigError) as caught:
+        open_model(tmp_path / kind)
+    assert str(caught.value).startswith(f"{file} says eos_token_id={wrong!r}, which is ")
 
 
 def test_what_is_no_source_is_refused(source: Path, tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         return {}
     else:
         engine = build_engine(config, world, fill_from(folder / "step_00000001", config.model))
-    stage.prepare(engine, build_reference(config, world), lambda _: None, lambda _: None)
+    stage.prepare(
+        engine, build_reference(config, world, Path(case["run_dir"])), lambda _: None, lambda _: None
+    )
     rows, looks = [], []
     for step in range(1, case["steps"] + 1):
         batches = stage.source.next_step()

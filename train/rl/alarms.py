@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,26 @@ class RlAlarms:
 
     Args:
         window: steps whose means are compared with those of the `window` before.
+        state: from an earlier `state()`, perhaps of another window.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self._first: list[float] = []
-        self._rewards: deque[tuple[float, float]] = deque(maxlen=2 * window)
-        self._lengths: deque[float] = deque(maxlen=2 * window)
-        self._given: set[str] = set()
+    def __init__(self, window: int, state: Mapping[str, Any] | None = None) -> None:
+        self.window, state = window, state or {}
+        self._first = [float(each) for each in state.get("first", ())]
+        self._rewards: deque[tuple[float, float]] = deque(
+            ((mean, deviation) for mean, deviation in state.get("rewards", ())), maxlen=2 * window
+        )
+        self._lengths: deque[float] = deque(state.get("lengths", ()), maxlen=2 * window)
+        self._given = set(map(str, state.get("given", ())))
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from, as JSON has it."""
+        return {
+            "first": list(self._first),
+            "rewards": [list(each) for each in self._rewards],
+            "lengths": list(self._lengths),
+            "given": sorted(self._given),
+        }
 
     def check(self, step: int, entropy: float, reward: float, deviation: float, length: float) -> list[str]:
         """Sentences about this step; most steps have none.

@@ -58,7 +58,7 @@ def build_environment(name: str, seed: int, held_out: int, unseen: bool) -> Envi
     except ConfigError as error:
         if name in str(error):
             raise
-        raise ConfigError(f"stage.environment={name}: {error}") from error
+        raise type(error)(f"stage.environment={name}: {error}") from error
     raise ConfigError(
         f"stage.environment={name} is not known; use {GYM}NAME?SETTING=VALUE, as in {GYM}chain_sum?max_terms=3, or "
         f"one that begins with {', '.join(ENVIRONMENTS[1:])}"

@@ -14,6 +14,7 @@ the model wrote and answers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any, Literal, Protocol
 
 from drivetrain.data.conversations import Message
@@ -156,7 +157,9 @@ class Trajectory:
     Attributes:
         tokens: the model's and the environment's, in order; the last one is the model's.
         written: which of them the model wrote, the tokens that end its turns included.
-        logprobs, behaviour_logprobs: of those that it wrote, in order; see `model.generate.Event`.
+        logprobs: of those that it wrote, in order; see `model.generate.Event`.
+        behaviour_logprobs: theirs at the sampler's temperature, before its filters: what was drawn from is that
+            over the probability which the filters kept, and so is what it is compared with (rl/policy.py).
         finish_reason: "stop"; "length" where it was cut, by the limit of what a model may write or of the whole;
             "failed" where it was dropped, and then there are no tokens.
         turns: of the model.
@@ -188,7 +191,8 @@ class Trajectory:
         self.tokens += completion.tokens
         self.written += [True] * len(completion.tokens)
         self.logprobs += completion.logprobs
-        self.behaviour_logprobs += completion.behaviour_logprobs
+        drawn, kept = completion.behaviour_logprobs, completion.log_kept
+        self.behaviour_logprobs += list(map(add, drawn, kept)) if kept else drawn
         self.versions += completion.versions
         self.finish_reason = completion.finish_reason
         self.turns += 1

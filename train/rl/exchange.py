@@ -36,6 +36,7 @@ def columns(groups: Sequence[Group]) -> dict[str, Any]:
         "parts": [np.array(list(group.parts.values()), dtype=np.float64) for group in groups],
         "rewards": _ragged([group.rewards for group in groups], np.float64),
         "correct": _ragged([group.correct for group in groups], np.bool_),
+        "judged": [group.judged for group in groups],
         "tokens": _ragged([one.tokens for one in every], np.int32),
         "written": _ragged([one.written for one in every], np.bool_),
         "behaviour": _ragged([one.behaviour_logprobs for one in every], np.float32),
@@ -68,7 +69,8 @@ def rows(found: dict[str, Any]) -> list[Group]:
     groups, first = [], 0
     for place, (number, samples) in enumerate(zip(found["number"], found["samples"], strict=True)):
         parts = dict(zip(found["names"][place], found["parts"][place].tolist(), strict=True))
-        groups.append(Group(int(number), [], every[first : (first := first + samples)], parts))
+        mine = every[first : (first := first + samples)]
+        groups.append(Group(int(number), [], mine, parts, judged=found["judged"][place]))
     for name in ("prompt", "rewards", "correct"):
         for group, values in zip(groups, _split(found[name]), strict=True):
             setattr(group, name, values.tolist())

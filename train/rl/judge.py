@@ -12,9 +12,10 @@ import math
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ class _Refused(Exception):
         self.passing, self.pause = passing, pause
 
 
+@dataclass(slots=True)
+class _Batch:
+    """`failures`: in a row."""
+
+    failures: int = 0
+
+
 class Judge:
     """One part a criterion, which add up to the share of the positive weights that is met.
 
@@ -78,20 +86,30 @@ class Judge:
             _positive(config.criteria, "stage.rewards.rubric.criteria")
         self.config, self.cache = config, _Cache(config.cache)
         self.turn = 0.0  # on the monotonic clock: when the next request may leave
-        self.failures = 0  # in a row, within a batch
         self.said: set[str] = set()
+        self._begun = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._room = asyncio.Semaphore(config.concurrent)  # of all batches
+        self._asked: dict[str, asyncio.Task[Verdict | None]] = {}  # what is under way, by digest
 
     def score(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
-        """Safe within a running event loop too: it has a thread and a loop of its own.
+        """A sample without criteria goes without a score.
+
+        Safe within a running event loop and in several threads: all batches meet in one thread with a loop of its
+        own, where they share `concurrent`, `per_minute` and the answers that are under way.
 
         Raises:
-            DataError: a sample has no criteria, or not such as `Criterion` has.
+            DataError: a sample's criteria are not such as `Criterion` has.
         """
         rubrics = [self._rubric(sample) for sample in samples]
-        self.failures = 0
-        with ThreadPoolExecutor(1, "judge") as thread:
-            verdicts = thread.submit(asyncio.run, self._verdicts(samples, rubrics)).result()
+        with self._begun:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="judge", daemon=True).start()
+        verdicts = asyncio.run_coroutine_threadsafe(self._verdicts(samples, rubrics), self._loop).result()
         names = dict.fromkeys(each.name for rubric in rubrics for each in rubric)
+        if not names:
+            return {"rubric": [UNSCORED] * len(samples)}
         parts = {name: [0.0] * len(samples) for name in names}
         for number, (rubric, verdict) in enumerate(zip(rubrics, verdicts, strict=True)):
             whole = sum(max(0.0, each.weight) for each in rubric)
@@ -103,11 +121,16 @@ class Judge:
                 parts[each.name][number] += met * each.weight / whole
         return parts
 
+    def close(self) -> None:
+        """End its thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
     def _rubric(self, sample: Sample) -> list[Criterion]:
         own = sample.reference.get("rubric")
         if own is None:
             if not self.config.criteria:
-                raise DataError('a sample has no rubric; give it one, or set "stage.rewards.rubric.criteria"')
+                self._warn("a sample has no rubric; give it one, or set stage.rewards.rubric.criteria")
             return self.config.criteria
         try:
             criteria = [Criterion(**each) for each in own]
@@ -125,18 +148,22 @@ class Judge:
 
         key = os.environ.get(self.config.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        room = asyncio.Semaphore(self.config.concurrent)
-        asked: dict[str, asyncio.Task[Verdict | None]] = {}
+        batch = _Batch()
         async with httpx.AsyncClient(headers=headers, timeout=self.config.seconds) as client:
-            order = []
+            order: list[asyncio.Task[Verdict | None] | None] = []
             for sample, rubric in zip(samples, rubrics, strict=True):
+                if not rubric:
+                    order.append(None)
+                    continue
                 request = self._request(sample, rubric)
                 digest = _digest(request)
-                order.append(digest)
-                if digest not in asked:
-                    asked[digest] = asyncio.create_task(self._one(client, room, request, digest, len(rubric)))
-            await asyncio.gather(*asked.values())
-        return [asked[digest].result() for digest in order]
+                if digest not in self._asked:
+                    task = asyncio.create_task(self._one(client, batch, request, digest, len(rubric)))
+                    task.add_done_callback(lambda _, digest=digest: self._asked.pop(digest))  # type: ignore[misc]
+                    self._asked[digest] = task
+                order.append(self._asked[digest])
+            await asyncio.gather(*{task for task in order if task is not None})
+        return [None if task is None else task.result() for task in order]
 
     def _request(self, sample: Sample, rubric: Sequence[Criterion]) -> dict[str, Any]:
         conversation = "\n\n".join(f"{each['role']}: {each.get('content') or ''}" for each in sample.messages)
@@ -154,24 +181,24 @@ class Judge:
         }
 
     async def _one(
-        self, client: Any, room: asyncio.Semaphore, request: dict[str, Any], digest: str, count: int
+        self, client: Any, batch: "_Batch", request: dict[str, Any], digest: str, count: int
     ) -> Verdict | None:
         verdict = self.cache.get(digest)
         if verdict is not None and len(verdict) == count:
             return verdict
-        async with room:
-            if self.failures >= self.config.concurrent:
-                self._warn(f"{self.failures} failures in a row; the rest of the batch goes without")
+        async with self._room:
+            if batch.failures >= self.config.concurrent:
+                self._warn(f"{batch.failures} failures in a row; the rest of the batch goes without")
                 return None
             await self._wait_turn()
             try:
                 async with asyncio.timeout(self.config.seconds):
                     verdict = await self._insist(client, request, count)
             except (TimeoutError, _Refused) as error:
-                self.failures += 1
+                batch.failures += 1
                 self._warn(str(error) or f"no verdict within {self.config.seconds:g} s")
                 return None
-        self.failures = 0
+        batch.failures = 0
         self.cache.put(digest, verdict)
         return verdict
 

@@ -17,7 +17,8 @@ class Lockstep:
         self.sampler, self.ledger = sampler, ledger
 
     def rollout(self, prompts: int, least: int) -> Rollout:
-        """Groups of the next prompts. Collective.
+        """Groups of the next prompts. Collective. What is given up is settled, what is returned is not: that is for
+        the step which trains on it.
 
         With dynamic sampling a group of equal rewards gives its place to the next prompt's, for `max_tries` rounds;
         what is missing then stays away, but for `least` groups.
@@ -30,14 +31,14 @@ class Lockstep:
             missing = prompts - len(found.groups)
             if not missing:
                 break
-            numbers = self.ledger.upcoming(missing)
+            numbers = self.ledger.upcoming(missing, besides=[group.number for group in found.groups])
             groups = self._groups(numbers, found)
-            self.ledger.settle(numbers)
             found.prompts += missing
             found.dropped += missing - len(groups)
             if self.cfg.dynamic_sampling:
                 spare += [group for group in groups if not group.mixed]
                 groups = [group for group in groups if group.mixed]
+            self.ledger.settle(set(numbers) - {group.number for group in groups})
             found.groups += groups
         found.groups += spare[: max(0, least - len(found.groups))]
         if len(found.groups) < least:
@@ -45,6 +46,7 @@ class Lockstep:
         found.groups.sort(key=lambda group: group.number)
         found.wait_seconds = found.generate_seconds + found.score_seconds
         found.tokens_per_second = found.sampled_tokens / max(found.generate_seconds, 1e-9)
+        found.scored_tokens_per_second = found.sampled_tokens / max(found.score_seconds, 1e-9)
         return found
 
     def _groups(self, numbers: list[int], timed: Rollout) -> list[Group]:
@@ -54,6 +56,8 @@ class Lockstep:
         mine = numbers[self.world.rank :: self.world.size]
         tasks = [sampler.task(number) for number in mine]
         items = list(zip(mine, tasks, sampler.play(tasks), strict=True))
+        # Scoring has the ranks' patience to itself, however long the last turns took.
+        self.world.barrier()
         aside = sampler.player.seconds - aside
         timed.generate_seconds += time.perf_counter() - began - aside
         timed.score_seconds += aside

@@ -8,7 +8,8 @@ how much the token counts in the step: a mean over tokens, over completions, or 
     token      1 / (all tokens of the step)                       DAPO (arXiv 2503.14476), eq. 12
     sequence   1 / (completions · tokens of this completion)      GRPO (arXiv 2402.03300), eq. 3
     constant   1 / (completions · longest allowed)                Dr. GRPO (arXiv 2503.20783), section 3.2
-    sum        1 / completions                                    REINFORCE: a completion is one action
+    sum        1 / completions                                    RLOO (arXiv 2402.14740): a completion is
+                                                                  one action, as in REINFORCE (Williams 1992)
 """
 
 from typing import NamedTuple
@@ -87,10 +88,12 @@ def importance_weights(
 ) -> Tensor:
     """min(old / behaviour, cap) of each token, or of each completion's product at each of its tokens; no gradient.
 
-    Truncated importance sampling (Ionides 2008) between what the trainer computes and what the sampler drew from.
+    Truncated importance sampling (Ionides, "Truncated importance sampling", J. Comput. Graph. Stat. 17, 2008)
+    between what the trainer computes and what the sampler drew from, as in Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
 
     Args:
-        behaviour_K: under the distribution that was sampled from, after temperature, top-k and top-p.
+        old_K, behaviour_K: both at the sampler's temperature before its filters, or both over what these kept.
     """
     difference_K = (old_K - behaviour_K).detach()
     match kind:
@@ -107,15 +110,17 @@ def sequence_weights(variant: Variant, lengths_S: np.ndarray, max_completion: in
     """The weight of each token of each completion, fp64 [S], from all completions of a step; see above.
 
     Args:
-        lengths_S: tokens of each; 0 where a completion was dropped.
+        lengths_S: tokens of each; 0 where a completion was dropped: it has no weight and counts neither as a
+            completion nor as a token. One that could not be scored counts as both; its advantage is 0.
     """
-    S, lengths_S = len(lengths_S), np.maximum(lengths_S, 1)
+    kept_S = lengths_S > 0
+    completions = max(int(kept_S.sum()), 1)
     match variant:
         case Variant.dapo | Variant.cispo:
-            return np.full(S, 1 / lengths_S.sum())
+            return kept_S / max(int(lengths_S.sum()), 1)
         case Variant.grpo | Variant.gspo | Variant.reinforce_pp:
-            return 1 / (S * lengths_S)
+            return kept_S / (completions * np.maximum(lengths_S, 1))
         case Variant.dr_grpo:
-            return np.full(S, 1 / (S * max_completion))
+            return kept_S / (completions * max_completion)
         case Variant.rloo:
-            return np.full(S, 1 / S)
+            return kept_S / completions

@@ -1,11 +1,12 @@
 """Plays episodes: the model's turns from a sampler, the environment's answers, tokens kept as they were sampled."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import xxhash
 
@@ -24,9 +25,11 @@ from drivetrain.train.rl.episodes import (
     Trajectory,
     Turn,
 )
+from drivetrain.train.rl.guard import GivenUp, together
 from drivetrain.train.rl.rewards import Sample
 from drivetrain.train.rl.turns import Turns
 
+T = TypeVar("T")
 # One list for each request, of as many as its `samples`; None: this one failed and is given up.
 Generate = Callable[[Sequence[Request]], Sequence[Sequence[Completion | None]]]
 
@@ -47,13 +50,21 @@ class Player:
     Args:
         eos_ids: tokens that end a turn.
         seq_len: tokens that a trajectory has at most, its prompt included.
+        limit: seconds in which the environment answers a turn, of all episodes together; so for their ends.
 
     Raises:
         ConfigError: the chat template cannot show the environment's tools, or the model cannot call them.
     """
 
-    def __init__(self, environment: Environment, chat: Chat, eos_ids: Sequence[int], seq_len: int) -> None:
-        self.environment, self.chat, self.seq_len = environment, chat, seq_len
+    def __init__(
+        self,
+        environment: Environment,
+        chat: Chat,
+        eos_ids: Sequence[int],
+        seq_len: int,
+        limit: float = math.inf,
+    ) -> None:
+        self.environment, self.chat, self.seq_len, self.limit = environment, chat, seq_len, limit
         self.eos_ids = frozenset(eos_ids)
         self.turns = Turns(chat, environment.tools)
         self.calls = CallForm(chat, environment.tools) if environment.tools else None
@@ -92,7 +103,8 @@ class Player:
             ]
             self._step(pairs)
             asked = [(one.request(), [one]) for one, _ in pairs if not one.over]
-        return [[self._end(one) for one in group] for group in groups]
+        self._end([one for group in groups for one in group])
+        return [[self._played(one) for one in group] for group in groups]
 
     def _begin(self, task: Task) -> list["_Playing"]:
         prompt = self.prompt(task.problem)
@@ -126,15 +138,26 @@ class Player:
             else:
                 self._write(one, completion)
         alive = [one for one, _ in pairs if not one.over]
-        workers = min(self.environment.workers, len(alive))
-        with ThreadPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
-            steps = list((pool.map if pool else map)(self._answer, alive))
+        steps = self._answers("step", [partial(one.episode.step, one.said) for one in alive])
         for one, step in zip(alive, steps, strict=True):
             if step is None:
                 one.fail()
             else:
                 self._observe(one, step)
         self.seconds += time.perf_counter() - began
+
+    def _answers(self, what: str, asked: list[Callable[[], T]]) -> list[T | None]:
+        """What the environment answers within `limit`, all together; None: that episode cannot go on."""
+        found: list[T | None] = []
+        for answer in together(asked, self.environment.workers, self.limit):
+            if isinstance(answer, EpisodeError | GivenUp):
+                self._warn(f"its {what}: {answer}" if isinstance(answer, GivenUp) else str(answer))
+                found.append(None)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append(answer)
+        return found
 
     def _write(self, one: "_Playing", completion: Completion) -> None:
         one.trajectory.write(completion)
@@ -145,13 +168,6 @@ class Player:
         calls = self.calls.read(text) if self.calls else ()
         beside = self.calls.beside(text) if self.calls else text
         one.said = Turn(text, completion.finish_reason == "length", calls, beside)
-
-    def _answer(self, one: "_Playing") -> Step | None:
-        try:
-            return one.episode.step(one.said)
-        except EpisodeError as error:
-            self._warn(str(error))
-            return None
 
     def _observe(self, one: "_Playing", step: Step) -> None:
         self._add(one, step.rewards)
@@ -179,14 +195,18 @@ class Player:
                 )
             one.rewards[name] += float(value)
 
-    def _end(self, one: "_Playing") -> Played:
+    def _end(self, playing: list["_Playing"]) -> None:
         began = time.perf_counter()
-        try:
-            self._add(one, one.episode.end())
-        except EpisodeError as error:
-            self._warn(str(error))
-            one.fail()
+        for one, last in zip(
+            playing, self._answers("end", [one.episode.end for one in playing]), strict=True
+        ):
+            if last is None:
+                one.fail()
+            else:
+                self._add(one, last)
         self.seconds += time.perf_counter() - began
+
+    def _played(self, one: "_Playing") -> Played:
         sample = Sample(
             messages=one.transcript,
             completion=self.chat.tokenizer.decode(one.last),

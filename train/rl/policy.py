@@ -1,6 +1,13 @@
 """What a model makes of packed completions: log-probabilities, and the loss of a micro-batch.
 
 K tokens of completions in a micro-batch of T packed tokens · D width · V vocabulary.
+
+With top-p or top-k a token y was drawn from b(y) / Z, b the sampler's distribution at its temperature over the
+vocabulary that it draws from, and Z the probability under b of the tokens that the filter kept. The trainer's p is
+divided by the same Z, kept from the sampler and not computed anew: the importance ratio is (p(y) / Z) / (b(y) / Z),
+so p(y) / b(y), and Z leaves every ratio. At equal weights that is exact, and 1. Once weights differ, a filter that
+keeps the same tokens would divide p by Z', their probability under p: the ratio here is Z' / Z times that one,
+first order in the change of the weights, and the gradient is that of log p, without - d log Z'.
 """
 
 import torch
@@ -22,13 +29,26 @@ def trained_places(batch: Batch) -> Tensor:
 
 
 def logprobs_of(
-    model: nn.Module, batch: Batch, at_K: Tensor, cfg: ModelConfig, backend: str, temperature: float
+    model: nn.Module,
+    batch: Batch,
+    at_K: Tensor,
+    cfg: ModelConfig,
+    backend: str,
+    temperature: float,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the tokens predicted at `at_K`, and the entropy there; natural, at `temperature`, [K]."""
+    """Log-probability of the tokens predicted at `at_K`, and the entropy there; natural, at `temperature`, [K].
+
+    Args:
+        vocab_size: tokens from here on (padding of the matrix) have no probability, as in the sampler; None: all
+            have some.
+    """
+    V = vocab_size or cfg.vocab_size
+    targets_K = batch.targets_T[at_K].clamp(max=V - 1)  # an empty pass's one place may show padding
 
     def read(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         return token_logprob(
-            hidden_TD[at_K], weight_VD, batch.targets_T[at_K], temperature=temperature, backend=backend
+            hidden_TD[at_K], weight_VD[:V], targets_K, temperature=temperature, backend=backend
         )
 
     documents = documents_of(batch, cfg.sliding_window, backend)
@@ -49,7 +69,9 @@ def policy_loss(
 ) -> tuple[LossSums, Tensor]:
     """The objective of a micro-batch and what to report, as sums; and how far trainer and sampler are apart, [K].
 
-    Everything but "loss" is a sum over tokens, so that the engine's division makes means of them.
+    Everything but "loss" is a sum over tokens, so that the engine's division makes means of them. The entropy bonus
+    is that of A3C (Mnih et al., arXiv 1602.01783), section 4, after Williams and Peng 1991: the entropy at each
+    place of what a token is drawn from, before filters, with its own gradient.
     """
     assert batch.token_weights_T is not None and batch.advantages_T is not None
     assert batch.behaviour_logprobs_T is not None

@@ -1,7 +1,7 @@
 """What completions are rewarded for: the parts that need nothing but the text, and the sum of all parts.
 
-A part is NaN where it could not be scored: it is left out of the sum, and counted. docs/rewards.md says which part
-reads which key of a sample's reference.
+A part is NaN, or infinite, where it could not be scored: it is left out of the sum, and counted. docs/rewards.md
+says which part reads which key of a sample's reference.
 """
 
 import importlib
@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drivetrain.conf.errors import ConfigError
-from drivetrain.conf.rewards import Extract, RewardsConfig
+from drivetrain.conf.rewards import (
+    Extract,
+    RewardsConfig,
+    overlong_problems,
+    pattern_problems,
+    target_problems,
+)
 from drivetrain.train.rl.extract import answer_in
 
 UNSCORED = math.nan
@@ -56,12 +62,13 @@ class Total:
 
 
 def total(parts: Mapping[str, Sequence[float]]) -> Total:
-    """Add the parts up."""
+    """Add the parts up. What is not finite, be it NaN or infinite, is unscored."""
     rewards = []
     for row in zip(*parts.values(), strict=True):
-        scored = [value for value in row if not math.isnan(value)]
+        scored = [value for value in row if math.isfinite(value)]
         rewards.append(math.fsum(scored) if scored else UNSCORED)
-    return Total(rewards, {name: sum(map(math.isnan, values)) for name, values in parts.items()})
+    missing = {name: sum(not math.isfinite(value) for value in values) for name, values in parts.items()}
+    return Total(rewards, missing)
 
 
 class Rewards:
@@ -202,10 +209,9 @@ class Format:
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
     """A regular expression in which a dot matches line ends too."""
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ConfigError(f"{where}={pattern!r} is no regular expression: {error}; correct it") from error
+    for problem in pattern_problems(pattern, where):
+        raise ConfigError(problem)
+    return re.compile(pattern, re.DOTALL)
 
 
 class Overlong:
@@ -213,11 +219,8 @@ class Overlong:
 
     def __init__(self, max_completion: int, buffer: int) -> None:
         self.longest, self.buffer = max_completion, buffer or max(1, max_completion // 4)
-        if not 0 < self.buffer <= max_completion:
-            raise ConfigError(
-                f"stage.rewards.overlong.buffer={buffer} is not within stage.max_completion={max_completion}; "
-                "use less"
-            )
+        for problem in overlong_problems(buffer, max_completion):
+            raise ConfigError(problem)
 
     def score(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
         return {"overlong": [overlong(sample.tokens, self.longest, self.buffer) for sample in samples]}
@@ -235,10 +238,10 @@ class Custom:
     """A user's function; a number that it cannot give is None or NaN."""
 
     def __init__(self, target: str) -> None:
+        for problem in target_problems(target):
+            raise ConfigError(problem)
         where = f"stage.rewards.custom.target={target!r}"
-        module, colon, name = target.partition(":")
-        if not (module and colon and name):
-            raise ConfigError(f"{where} is not of the form package.module:name; correct it")
+        module, _, name = target.partition(":")
         try:
             self.function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:

@@ -6,19 +6,20 @@ Each rank samples and scores its share of the prompts, and then every rank holds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
+from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.schema import GrpoConfig
 from drivetrain.data.chat import Chat
 from drivetrain.model.generate import Request, Sampling
 from drivetrain.train.mesh import World
 from drivetrain.train.rl.advantage import mixed
-from drivetrain.train.rl.episodes import Environment, Played, SingleTurn, Trajectory
+from drivetrain.train.rl.episodes import Environment, Played, Trajectory
 from drivetrain.train.rl.guard import GuardedEnvironment, Warnings
 from drivetrain.train.rl.play import Player, Task
 from drivetrain.train.rl.rewards import UNSCORED, Rewards, build_rewards, total
@@ -32,7 +33,9 @@ class Group:
     Attributes:
         number: the prompt's, from 0 for the run's first. prompt: its tokens. completions: G of them.
         parts: the rewards' parts by name, each [G]. rewards: their sum, [G].
+            Of a completion that could not be scored it is the mean of the others, and not to be learned from.
         correct: which of them solve the problem, [G].
+        judged: whether the environment's own mark of right and wrong is part of the reward.
     """
 
     number: int
@@ -41,6 +44,16 @@ class Group:
     parts: dict[str, list[float]] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
     correct: list[bool] = field(default_factory=list)
+    judged: bool = False
+
+    @property
+    def scored(self) -> list[bool]:
+        """Which completions have a part that could be scored, [G]; those that were dropped have none."""
+        alive = [one.finish_reason != "failed" for one in self.completions]
+        if not self.parts:
+            return alive
+        marked = [any(map(math.isfinite, marks)) for marks in zip(*self.parts.values(), strict=True)]
+        return [here and mark for here, mark in zip(alive, marked, strict=True)]
 
     @property
     def whole(self) -> bool:
@@ -50,8 +63,13 @@ class Group:
 
     @property
     def mixed(self) -> bool:
-        """Whether its rewards differ."""
-        return bool(mixed(np.array([self.rewards]))[0])
+        """Whether its rewards differ and, where the environment judges, right and wrong are both among them: a
+        length or a taste alone is nothing to choose prompts by."""
+        scored_1G = np.array([self.scored])
+        found = bool(mixed(np.array([self.rewards]), scored_1G)[0])
+        if self.judged:
+            found = found and bool(mixed(np.array([self.correct], dtype=np.float64), scored_1G)[0])
+        return found
 
 
 @dataclass(slots=True)
@@ -67,10 +85,15 @@ class Rollout:
     score_seconds: float = 0.0
     wait_seconds: float = 0.0
     tokens_per_second: float = 0.0
+    scored_tokens_per_second: float = 0.0  # 0: scored beside sampling, at its pace
 
     @property
     def rewards_PG(self) -> np.ndarray:
         return np.array([group.rewards for group in self.groups], dtype=np.float64)
+
+    @property
+    def scored_PG(self) -> np.ndarray:
+        return np.array([group.scored for group in self.groups], dtype=bool)
 
     @property
     def lengths_PG(self) -> np.ndarray:
@@ -96,12 +119,12 @@ class Sampler:
         evaluator: Completer,
     ) -> None:
         self.cfg, self.chat, self.world, self.seed = cfg, chat, world, seed
-        self.completer, self.evaluator, self.environment = completer, evaluator, environment
+        self.completer, self.evaluator, seconds = completer, evaluator, cfg.rollout.timeout_seconds
         self.tokenizer: Tokenizer = chat.tokenizer
-        if not isinstance(environment, SingleTurn):
-            self.environment = GuardedEnvironment(environment, cfg.rollout.timeout_seconds)
-        self.player = Player(self.environment, chat, eos_ids, cfg.seq_len)
+        self.environment: Environment = GuardedEnvironment(environment, seconds)
+        self.player = Player(self.environment, chat, eos_ids, cfg.seq_len, seconds)
         self.rewards: Rewards = build_rewards(cfg.rewards, cfg.max_completion)
+        joined({name: [] for name in environment.parts}, {name: [] for name in self.rewards.weighted})
         self.warnings = Warnings()
 
     def task(self, number: int) -> Task:
@@ -136,23 +159,29 @@ class Sampler:
         parts = {
             name: [self.cfg.environment_weight * score for score in scores] for name, scores in own.items()
         }
-        parts |= self.rewards.score(samples)
-        for place, one in enumerate(every):
-            if one.trajectory.finish_reason == "failed":
-                for scores in parts.values():
-                    scores[place] = UNSCORED
-        rewards = total(parts).rewards
+        parts = joined(parts, self.rewards.score(samples))
+        alive = [one.trajectory.finish_reason != "failed" for one in every]
+        parts = {
+            name: [
+                score if here and math.isfinite(score) else UNSCORED
+                for score, here in zip(scores, alive, strict=True)
+            ]
+            for name, scores in parts.items()
+        }
         groups, first = [], 0
         for number, task, group in items:
             mine = slice(first, first := first + len(group))
+            marks = {name: scores[mine] for name, scores in parts.items()}
             groups.append(
                 Group(
                     number,
                     self.player.prompt(task.problem),
                     [one.trajectory for one in group],
-                    {name: scores[mine] for name, scores in parts.items()},
-                    filled(rewards[mine]),
+                    marks,
+                    total({name: filled(scores) for name, scores in marks.items()}).rewards,
                     correct[mine],
+                    self.cfg.environment_weight != 0
+                    and any(math.isfinite(score) for name in own for score in marks[name]),
                 )
             )
         return groups
@@ -170,14 +199,29 @@ def judged(environment: Environment, played: Sequence[Played]) -> tuple[dict[str
     parts = {
         name: list(marks) for name, marks in environment.reward.score([one.sample for one in played]).items()
     }
-    parts |= {name: [one.rewards[name] for one in played] for name in environment.parts}
+    parts = joined(parts, {name: [one.rewards[name] for one in played] for name in environment.parts})
     correct = environment.correct(parts)
     alive = [one.trajectory.finish_reason != "failed" for one in played]
     return parts, [right and here for right, here in zip(correct, alive, strict=True)]
 
 
-def filled(rewards: list[float]) -> list[float]:
-    """A group's rewards, the mean of the others in place of those that could not be scored: no advantage."""
-    scored = [reward for reward in rewards if not math.isnan(reward)]
+def joined(parts: dict[str, list[float]], more: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Parts of a reward under their names.
+
+    Raises:
+        ConfigError: two have the same one.
+    """
+    if twice := parts.keys() & more.keys():
+        raise ConfigError(
+            f"two parts of the reward have the name {min(twice)!r}; rename the environment's, or turn "
+            f"stage.rewards.{min(twice).partition('/')[0]} off"
+        )
+    return parts | dict(more)
+
+
+def filled(scores: list[float]) -> list[float]:
+    """A group's scores in one part, the mean of the others in place of those that could not be made, so that who
+    lacks a part is neither better nor worse for it; 0 where there are none."""
+    scored = [score for score in scores if math.isfinite(score)]
     mean = math.fsum(scored) / len(scored) if scored else 0.0
-    return [mean if math.isnan(reward) else reward for reward in rewards]
+    return [score if math.isfinite(score) else mean for score in scores]

@@ -53,6 +53,10 @@ _ENVIRONMENT = {
 }
 
 
+class NoWalls(ConfigError):
+    """This machine cannot shut code in; another one may."""
+
+
 class Status(Enum):
     """How code ended: with status 0; with another one; it took too long; it wanted too much memory; it printed or
     stored too much; by a signal."""
@@ -143,7 +147,7 @@ def describe(walls: Walls = Walls.auto) -> str:
     """What code is shut in by here, in words.
 
     Raises:
-        ConfigError: nothing can.
+        NoWalls: nothing can.
     """
     means = _choose(walls)
     return f"{means.walls.name}, as {'a user of its own' if means.stranger else 'this user'}"
@@ -170,7 +174,7 @@ def _choose(walls: Walls) -> _Means:
             if result.stdout == "42\n":
                 return means
             refused.append(f"{kind.name}: {result.status.name}: {result.stderr.strip()[-200:]}")
-    raise ConfigError(
+    raise NoWalls(
         f"code cannot be shut in on this machine ({'; '.join(refused)}); use Linux 5.13 or newer, or walls=none on "
         "a machine that may be lost"
     )

@@ -16,6 +16,7 @@ from drivetrain.data.batch import Batch
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import Shown
 from drivetrain.train.rl.advantage import advantages
+from drivetrain.train.rl.alarms import RlAlarms
 from drivetrain.train.rl.ledger import Ledger
 from drivetrain.train.rl.objective import divergence, sequence_weights
 from drivetrain.train.rl.packing import Packed, spread
@@ -39,8 +40,8 @@ class Rollouts(Protocol):
 class RolloutSource:
     """`Source` over prompts of an environment; `next_step` may sample, and so comes after the last update.
 
-    A rollout has the prompts of `updates` steps; where a run stops within one, the rest of it is sampled again, by
-    newer weights. So is what was sampled ahead of a run's end.
+    A rollout has the prompts of `updates` steps; where a run stops within one, the prompts of the rest are sampled
+    again, by newer weights. So are those that were sampled ahead of a run's end.
 
     Args:
         sync: gives the sampler the weights as they are, which have seen so many updates. Collective.
@@ -48,6 +49,7 @@ class RolloutSource:
         old: log-probabilities under the weights as they are, computed as in training.
         reference: those under the reference model; None: there is none.
         state: from an earlier `state()`.
+        alarms: about the steps, kept with the state. follows: what samples has the weights that are trained.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class RolloutSource:
         old: Logprobs,
         reference: Logprobs | None,
         state: dict[str, Any] | None,
+        alarms: RlAlarms,
+        follows: bool,
     ) -> None:
         self.cfg, self.rollouts, self.sync = cfg, rollouts, sync
+        self.alarms, self.follows = alarms, follows
         self.pack, self.world = pack, world
         self.old, self.reference = old, reference
         self.left = int(state["left"]) if state else cfg.updates  # steps of the current rollout still to come
@@ -77,8 +82,10 @@ class RolloutSource:
         if not self._waiting:
             self._roll()
         batches, self.groups = self._waiting.pop(0)
+        self.rollouts.ledger.settle(group.number for group in self.groups)
         self.left = self.left - 1 or self.cfg.updates
-        self.metrics |= self._staleness()
+        if self.follows:
+            self.metrics |= self._staleness()
         self.updates += 1
         lengths = [len(group.prompt) + len(one.tokens) for group in self.groups for one in group.completions]
         self.tokens += sum(lengths)
@@ -87,7 +94,12 @@ class RolloutSource:
         return batches
 
     def state(self) -> dict[str, Any]:
-        return {**self.rollouts.ledger.state(), "left": self.left, "tokens": self.tokens}
+        return {
+            **self.rollouts.ledger.state(),
+            "left": self.left,
+            "tokens": self.tokens,
+            "alarms": self.alarms.state(),
+        }
 
     def close(self) -> None:
         """End what runs ahead."""
@@ -125,7 +137,7 @@ class RolloutSource:
         parts = [[rollout.groups[i] for i in cut] for cut in cuts]
         packed = [self._pack(part) for part in parts]
         rewards_PG = rollout.rewards_PG - self._divergence_in_reward(packed, rollout)
-        advantages_PG = advantages(self.cfg.variant, rewards_PG)
+        advantages_PG = advantages(self.cfg.variant, rewards_PG, rollout.scored_PG)
         for part, each, cut in zip(parts, packed, cuts, strict=True):
             self._waiting.append((weighted(each, part, advantages_PG[cut], self.cfg), part))
         self.metrics |= {
@@ -137,6 +149,8 @@ class RolloutSource:
             "rl/dropped": float(rollout.dropped * self.cfg.group_size + failed),
             "rl/generated_tokens_per_second": rollout.tokens_per_second,
         }
+        if rollout.scored_tokens_per_second:
+            self.metrics["rl/scored_tokens_per_second"] = rollout.scored_tokens_per_second
 
     def _pack(self, groups: list[Group]) -> Packed:
         packed = self.pack(groups)

@@ -28,7 +28,7 @@ from drivetrain.train.rl.packing import pack
 from drivetrain.train.rl.policy import logprobs_of, policy_loss, trained_places
 from drivetrain.train.rl.report import Gap, rollout_metrics, unscored
 from drivetrain.train.rl.rollout import Sampler
-from drivetrain.train.rl.samplers.build import build_samplers
+from drivetrain.train.rl.samplers.build import build_samplers, drawn_vocabulary
 from drivetrain.train.rl.source import Rollouts, RolloutSource
 
 Say = Callable[[str], None]
@@ -56,10 +56,11 @@ class GrpoStage:
             self.cfg.environment, config.seed, self.cfg.eval_problems, self.cfg.eval_unseen
         )
         self.chat, self.folder = Chat(tokenizer), tokenizer.parent
+        self.vocab_size = drawn_vocabulary(config, self.chat)
         self.eos_id = eos_id(tokenizer)
         self.gap = Gap()
         self.before: dict[str, float] = {}
-        self.alarms = RlAlarms(config.alarms.window)
+        self.alarms = RlAlarms(config.alarms.window, (state or {}).get("alarms"))
 
     def prepare(self, engine: Engine, reference: nn.Module | None, note: Say, alarm: Say) -> None:
         """Give the stage the weights that sample, and the frozen ones to stay close to. Collective.
@@ -97,11 +98,16 @@ class GrpoStage:
             partial(self._logprobs, engine.model),
             None if reference is None else partial(self._logprobs, reference),
             self.state,
+            self.alarms,
+            completer.follows,
         )
         if self.state is None and self.cfg.eval_every:
             self.before = self.evaluate(engine)
-            accuracy, asked = self.before["eval/accuracy"], self.cfg.eval_problems
-            note(f"before training {accuracy:.1%} of {asked} held-out problems are solved")
+            asked = len(self.sampler.environment.held_out(self.cfg.eval_problems))
+            accuracy = self.before.get("eval/accuracy")
+            solved = "none" if accuracy is None else f"{accuracy:.1%}"
+            judged = "could be judged" if accuracy is None else "are solved"
+            note(f"before training {solved} of {asked} held-out problems {judged}")
 
     def _prompts_can_be_shared(self) -> bool:
         """Whether the attention takes documents that branch."""
@@ -119,16 +125,18 @@ class GrpoStage:
         """fp32 [T] on the CPU, 0 where nothing is trained. Collective."""
         there = batch.to(self.world.device)
         at_K = trained_places(there)
-        logprobs_K, _ = logprobs_of(model, there, at_K, self.model_cfg, self.backend, self.cfg.temperature)
+        logprobs_K, _ = self._read(model, there, at_K)
         out_T = torch.zeros(batch.tokens)
         out_T[at_K.cpu()] = logprobs_K.float().cpu()
         return out_T * (batch.loss_weights_T > 0)
 
+    def _read(self, model: nn.Module, batch: Batch, at_K: Tensor) -> tuple[Tensor, Tensor]:
+        cfg, temperature = self.model_cfg, self.cfg.temperature
+        return logprobs_of(model, batch, at_K, cfg, self.backend, temperature, self.vocab_size)
+
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:
         at_K = trained_places(batch)
-        logprobs_K, entropy_K = logprobs_of(
-            model, batch, at_K, self.model_cfg, self.backend, self.cfg.temperature
-        )
+        logprobs_K, entropy_K = self._read(model, batch, at_K)
         sums, gap_K = policy_loss(logprobs_K, entropy_K, batch, at_K, self.cfg)
         self.gap.add(gap_K, entropy_K.detach(), batch.loss_weights_T[at_K])
         return sums

@@ -21,6 +21,16 @@ from drivetrain.train.rl.samplers.shared import Shared
 MAX_BATCH = 256  # samples of a rank that the built-in sampler runs at once, and a whole group at least
 
 
+def drawn_vocabulary(config: RunConfig, chat: Chat) -> int:
+    """Tokens that may be drawn, from 0: the built-in sampler leaves out rows of the matrix without a token, vLLM
+    and servers do not."""
+    stage = config.stage
+    assert isinstance(stage, GrpoConfig)
+    if stage.rollout.engine is not RolloutEngine.builtin:
+        return config.model.vocab_size
+    return min(chat.tokenizer.get_vocab_size(), config.model.vocab_size)
+
+
 def build_samplers(
     config: RunConfig,
     engine: Engine,
@@ -45,7 +55,7 @@ def build_samplers(
     options: dict[str, Any] = {
         "backend": backend,
         "eos_ids": eos_ids,
-        "vocab_size": min(chat.tokenizer.get_vocab_size(), model.vocab_size),
+        "vocab_size": drawn_vocabulary(config, chat),
         "decode": partial(chat.tokenizer.decode, skip_special_tokens=False),
         "max_batch": max(MAX_BATCH, stage.group_size),
     }

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from drivetrain.train.rl.samplers.send import write_weights
 
 UNKNOWN = math.nan  # a log-probability that nobody told
 PASSING = (408, 409, 425, 429)  # and from 500 on: another try may help
-LONGEST_PAUSE = 20.0  # seconds between two tries
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two tries, doubled each time
 
 
 class Server:
@@ -85,7 +86,7 @@ class Server:
         return list(await asyncio.gather(*map(self._one, requests)))
 
     async def _one(self, request: Request) -> list[Completion | None]:
-        pause = 0.5
+        pause = FIRST_PAUSE
         for left in range(self.retries, -1, -1):
             async with self._room:
                 try:
@@ -167,7 +168,8 @@ class Server:
         logprobs = [UNKNOWN if each is None else float(each) for each in told]
         drawn = logprobs if self._of_what_was_drawn(sampling) else [UNKNOWN] * len(tokens)
         versions = [version] * len(tokens) if self.follows else []
-        return Completion(tokens, logprobs, drawn, choice.finish_reason, versions)
+        kept = [UNKNOWN] * len(tokens) if sampling.filters else []  # no server tells it
+        return Completion(tokens, logprobs, drawn, choice.finish_reason, versions, kept)
 
     def _of_what_was_drawn(self, sampling: Sampling) -> bool:
         """Whether the server's log-probabilities are those of the distribution that was drawn from: most
@@ -234,11 +236,20 @@ class VllmServer(Server):
     def _post(self, url: str, body: dict[str, Any] | None = None) -> None:
         import httpx
 
-        try:
-            reply = httpx.post(url, json=body or {}, timeout=self.seconds)
-            reply.raise_for_status()
-        except httpx.HTTPError as error:
-            raise DrivetrainError(
-                f"{url}: {error}; a vLLM server takes new weights when it was started with VLLM_SERVER_DEV_MODE=1, "
-                "and must see stage.rollout.server.weights under the same path"
-            ) from error
+        pause = FIRST_PAUSE
+        for left in range(self.retries, -1, -1):
+            try:
+                reply = httpx.post(url, json=body or {}, timeout=self.seconds)
+                reply.raise_for_status()
+                return
+            except httpx.HTTPError as error:
+                status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 500
+                if left and (status in PASSING or status >= 500):
+                    self.warnings.say(f"{url} failed and is asked again", error)
+                    time.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    continue
+                raise DrivetrainError(
+                    f"{url}: {error}; a vLLM server takes new weights when it was started with "
+                    "VLLM_SERVER_DEV_MODE=1, and must see stage.rollout.server.weights under the same path"
+                ) from error

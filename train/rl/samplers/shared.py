@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from drivetrain.conf.errors import ConfigError
 from drivetrain.model.cache import HostCache
 from drivetrain.model.generate import Completion, Generator, Request
 from drivetrain.train.engine.base import Engine
@@ -26,7 +27,10 @@ class Shared:
         generator = self._kept or self.make()
         self._kept = generator if isinstance(generator.cache, HostCache) else None
         found: Completions = []
-        completions: list[list[Completion]] = generator.generate(requests)
+        try:
+            completions: list[list[Completion]] = generator.generate(requests)
+        except ValueError as error:  # it cannot be done at all, as in `Batching`
+            raise ConfigError(str(error)) from error
         for group in completions:
             found.append([*group])
         return found

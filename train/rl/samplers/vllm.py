@@ -1,5 +1,6 @@
 """vLLM in the rank's own process, on the GPU that trains: written to its documentation, and not tried yet."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Vllm(Batching):
             generation_config="vllm",  # no defaults of the model's own
         )
         self._submitted = 0
+        self._filtered: set[int] = set()  # requests that are drawn with a filter
 
     def _enter(self) -> None:
         torch.cuda.set_device(self.device)
@@ -85,6 +87,8 @@ class Vllm(Batching):
             logprobs=0,  # of the token that was drawn alone
         )
         self._submitted += 1
+        if sampling.filters:
+            self._filtered.add(self._submitted)
         self.llm.llm_engine.add_request(
             str(self._submitted), {"prompt_token_ids": list(request.prompt)}, params
         )
@@ -92,16 +96,24 @@ class Vllm(Batching):
 
     def _step(self) -> list[tuple[int, list[Completion]]]:
         done = [output for output in self.llm.llm_engine.step() if output.finished]
-        return [(int(output.request_id), [self._taken(one) for one in output.outputs]) for output in done]
+        found = []
+        for output in done:
+            number = int(output.request_id)
+            found.append((number, [self._taken(one, number) for one in output.outputs]))
+            self._filtered.discard(number)
+        return found
 
-    def _taken(self, one: Any) -> Completion:
+    def _taken(self, one: Any, request: int) -> Completion:
         tokens = list(one.token_ids)
         logprobs = [place[token].logprob for place, token in zip(one.logprobs, tokens, strict=True)]
         reason = "stop" if one.finish_reason == "stop" else "length"
-        return Completion(tokens, logprobs, list(logprobs), reason, [self.version] * len(tokens))  # type: ignore[arg-type]
+        kept = [math.nan] * len(tokens) if request in self._filtered else []  # vLLM does not tell it
+        versions = [self.version] * len(tokens)
+        return Completion(tokens, logprobs, list(logprobs), reason, versions, kept)  # type: ignore[arg-type]
 
     def _cancel(self, request: int) -> None:
         self.llm.llm_engine.abort_request([str(request)])
+        self._filtered.discard(request)
 
     def _take_weights(self, engine: Engine, version: int) -> None:
         weights = hf_weights(engine, self.model, self.dtype)
