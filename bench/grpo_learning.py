@@ -68,6 +68,28 @@ def row_of(run_dir: Path) -> common.Row:
     }
 
 
+def begun_with_a_step(run: Path) -> float:
+    """The share of held-out sums that the fine-tuned model solves if its answer is made to begin with `4+`, as its
+    answers with steps do."""
+    from drivetrain.data.chat import Chat
+    from drivetrain.launch.demo import HELD_OUT, held_out_sums, mark
+    from drivetrain.model.generate import Request, Sampling
+    from drivetrain.train.serve import open_model
+
+    opened = open_model(run)
+    chat = Chat(opened.tokenizer_dir)
+    stop = chat.stop_id()
+    greedy = Sampling(max_tokens=48, temperature=0, stop_tokens=() if stop is None else (stop,))
+    asked = held_out_sums(HELD_OUT)
+    starts = [opened.tokenizer.encode(each.steps[:2], add_special_tokens=False).ids for each in asked]
+    prompts = [chat.prompt([{"role": "user", "content": each.question}]) for each in asked]
+    requests = [Request(prompt + start, greedy) for prompt, start in zip(prompts, starts, strict=True)]
+    found = opened.generator(max_batch=64).generate(requests)
+    answers = [opened.tokenizer.decode(completions[0].tokens) for completions in found]
+    right = [mark(answer, each.result) == "right" for answer, each in zip(answers, asked, strict=True)]
+    return sum(right) / len(right)
+
+
 def measure(demo: Path, runs: Path, seed: int, staleness: int, quick: bool) -> common.Row:
     tuned = runs / f"sft_{seed}"
     words = [f"seed={seed}", f"data.path={demo / 'chat' / 'shards'}", f"model.init_from={demo / 'run'}"]
@@ -79,7 +101,8 @@ def measure(demo: Path, runs: Path, seed: int, staleness: int, quick: bool) -> c
     if failed := launch("demo_grpo", practised, words, quick):
         return {"error": failed}
     seconds = json.loads((tuned / "summary.json").read_text())["wall_seconds"]
-    return {**row_of(practised), "sft_seconds": round(seconds, 1)}
+    begun = round(begun_with_a_step(tuned), 4)
+    return {**row_of(practised), "before_begun_with_a_step": begun, "sft_seconds": round(seconds, 1)}
 
 
 def draw(rows: list[common.Row], path: Path) -> None:
@@ -109,8 +132,9 @@ def draw(rows: list[common.Row], path: Path) -> None:
 def line_of(row: common.Row) -> list[str]:
     name = [str(row["seed"]), str(row["staleness"])]
     if "error" in row:
-        return [*name, f"not measured: {row['error']}", "", "", "", ""]
-    shares = [f"{row['before']:.1%}", f"{row['after']:.1%}", f"{row['gain_points']:+.1f}"]
+        return [*name, f"not measured: {row['error']}", "", "", "", "", ""]
+    shares = [f"{row[key]:.1%}" for key in ("before", "before_begun_with_a_step", "after")]
+    shares.append(f"{row['gain_points']:+.1f}")
     return [*name, *shares, str(row["steps"]), f"{row['seconds']:.0f}"]
 
 
@@ -131,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if common.wanted(f"{seed}/{staleness}", options.only):
                     found = measure(options.demo.resolve(), runs, seed, staleness, options.quick)
                     rows.append({"seed": seed, "staleness": staleness, **found})
-    header = ["seed", "staleness", "before", "after", "points", "steps", "seconds"]
+    header = ["seed", "staleness", "before", "begun with a step", "after", "points", "steps", "seconds"]
     common.show("held-out sums solved", header, [line_of(row) for row in rows], options.markdown)
     if options.out or not options.quick:
         seen = common.versions("drivetrain", "torch", "reasoning_gym")

@@ -37,14 +37,15 @@ def finished(run_dir: Path, accuracies: dict[int, float]) -> None:
 
 
 def test_finished_runs_become_rows_a_table_and_a_picture(
-    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench, "begun_with_a_step", lambda run: 0.75)
     finished(tmp_path / "runs" / "sft_0", {})
     finished(tmp_path / "runs" / "grpo_0_0", {1: 0.25, 10: 0.5, 20: 0.875})
     out, picture = tmp_path / "out.json", tmp_path / "new" / "curve.png"
     words = ["--runs", str(tmp_path / "runs"), "--seeds", "0", "--staleness", "0", "--markdown"]
     assert bench.main([*words, "--out", str(out), "--picture", str(picture)]) == 0
-    assert "| 0 | 0 | 25.0% | 87.5% | +62.5 | 20 | 61 |" in capsys.readouterr().out
+    assert "| 0 | 0 | 25.0% | 75.0% | 87.5% | +62.5 | 20 | 61 |" in capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
     assert row["accuracy"] == [[1, 0.25], [10, 0.5], [20, 0.875]] and row["gain_points"] == 62.5
     assert row["sft_seconds"] == 61.2 and row["staleness_mean"] == 0.5 and row["pass@1"] == []

@@ -171,7 +171,10 @@ BEHIND = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ("llama3", "user"): "<|start_header_id|>user<|end_header_id|>\n\nwhat?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    ("mistral", "tool"): '[TOOL_RESULTS] {"content": " It is <|im_end|>3 "}[/TOOL_RESULTS]',
+    (
+        "mistral",
+        "tool",
+    ): '[TOOL_RESULTS] {"content": " It is <|im_end|>3 ", "call_id": "call00000"}[/TOOL_RESULTS]',
     ("mistral", "user"): "[INST] what? [/INST]",
 }
 
@@ -187,15 +190,20 @@ def test_the_next_prompt_is_the_tokens_so_far_and_the_observation(
     environment, script = Scripted([rounds, rounds]), Script(says)
     groups = played(chat, environment, script, end)
     prompt = chat.prompt(environment.problem(1).messages)
-    behind = chat.tokenizer.encode(end + BEHIND[template, kind], add_special_tokens=False).ids[1:]
-    expected = [*says[0], *behind, *says[1], *behind, *says[2]]
+    first, second = (
+        chat.tokenizer.encode(
+            end + BEHIND[template, kind].replace("call00000", call), add_special_tokens=False
+        ).ids[1:]
+        for call in ("call00000", "call00001")
+    )
+    expected = [*says[0], *first, *says[1], *second, *says[2]]
     one = groups[1][0].trajectory
     assert one.tokens == expected and one.turns == 3 and one.finish_reason == "stop"
     # A turn's prompt is the prompt before it, what the model wrote and the observation, nothing else.
     assert [len(call) for call in script.calls] == [2, 4, 4]
     assert [request.samples for call in script.calls for request in call] == [2, 2, *[1] * 8]
     asked = [list(call[-1].prompt) for call in script.calls]
-    assert asked == [prompt, [*prompt, *says[0], *behind], [*prompt, *says[0], *behind, *says[1], *behind]]
+    assert asked == [prompt, [*prompt, *says[0], *first], [*prompt, *says[0], *first, *says[1], *second]]
     wrote = [token for token, mine in zip(one.tokens, one.written, strict=True) if mine]
     assert wrote == [token for said in says for token in said]
     assert one.length == len(wrote) == len(one.logprobs)
