@@ -37,6 +37,7 @@ from drivetrain.conf.source import (
     model_of,
     tokenizer_of,
 )
+from drivetrain.conf.units import human_bytes
 from drivetrain.data.shards import hash_file, sync_directory
 from drivetrain.data.tokenizer import (
     chat_templates,
@@ -67,7 +68,7 @@ class Written:
 
     def said(self, out: Path) -> str:
         files = "1 file" if self.files == 1 else f"{self.files} files"
-        return f"{self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {files} -> {out}"
+        return f"{self.tensors} tensors, {human_bytes(self.bytes)} in {files} -> {out}"
 
 
 def import_hf(source: Path, out: Path, max_shard_bytes: int) -> Written:
@@ -277,7 +278,7 @@ def _made(out: Path, size: int) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(temporary).free) < size:
             raise ConfigError(
-                f"{out} needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left; give another OUT"
+                f"{out} needs {human_bytes(size)}, of which its disk lacks {human_bytes(size - free)}; give another OUT"
             )
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from drivetrain.conf.errors import ConfigError
 from drivetrain.conf.hf_values import generation_ends
-from drivetrain.conf.schema import Kernels, ModelConfig
+from drivetrain.conf.schema import Kernels, ModelConfig, Precision
 from drivetrain.conf.source import hf_folder, model_of, tokenizer_of
 from drivetrain.data.tokenizer import eos_id, load_tokenizer, vocab_size
 from drivetrain.model.backend import backend_of
@@ -72,10 +72,12 @@ def open_model(
         raise ConfigError(f"{source} has no tokenizer.json; copy the files of its tokenizer there")
     tokenizer, ends = load_tokenizer(tokenizer_dir), _eos_ids(source, cfg, tokenizer_dir)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = backend_of(Kernels.auto, device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    precision = Precision.fp32 if dtype == torch.float32 else Precision.bf16
+    backend = backend_of(Kernels.auto, device, cfg.head_dim, precision)
     model = build_model(cfg, backend)
     # Before there are weights: they are narrowed tensor by tensor as they are read.
-    model.to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
+    model.to(dtype)
     model.materialize(device)
     model.requires_grad_(False)
     fill_from(source, cfg)(model)

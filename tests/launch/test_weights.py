@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     if failure is None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 10, 0))
         with pytest.raises(
-            ConfigError, match=r"out needs 0\.0 GB and its disk has 0\.0 GB left; give another OUT"
+            ConfigError, match=r"out needs \S+ KiB, of which its disk lacks \S+ KiB; give another OUT"
         ):
             act()
     else:

@@ -64,7 +64,7 @@ class RewardModelReward:
         self.cfg = model_of(run_dir)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
-        self.backend = backend_of(Kernels.auto, self.device)
+        self.backend = backend_of(Kernels.auto, self.device, self.cfg.head_dim)
         self.model = build_model(self.cfg, self.backend)
         give_value_head(self.model)
         self.model.materialize(self.device)

@@ -14,7 +14,7 @@ from drivetrain.data.batch import Batch
 from drivetrain.data.chat import Chat
 from drivetrain.data.loader import Source
 from drivetrain.data.tokenizer import eos_id
-from drivetrain.model.backend import backend_of
+from drivetrain.model.backend import backend_for
 from drivetrain.train.engine.base import Engine, LossSums
 from drivetrain.train.mesh import World
 from drivetrain.train.metrics import Shown
@@ -50,7 +50,7 @@ class GrpoStage:
         assert isinstance(config.stage, GrpoConfig)
         self.config, self.cfg, self.model_cfg = config, config.stage, config.model
         self.micro_batch, self.world, self.state = micro_batch, world, state
-        self.backend = backend_of(config.kernels, world.device)
+        self.backend = backend_for(config, world.device)
         self.notes: list[str] = []
         self.environment = build_environment(
             self.cfg.environment, config.seed, self.cfg.eval_problems, self.cfg.eval_unseen
