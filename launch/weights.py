@@ -278,7 +278,8 @@ def _made(out: Path, size: int) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(temporary).free) < size:
             raise ConfigError(
-                f"{out} needs {human_bytes(size)}, of which its disk lacks {human_bytes(size - free)}; give another OUT"
+                f"{out} needs {human_bytes(size)}, of which its disk lacks {human_bytes(size - free)}; "
+                "give another OUT"
             )
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
