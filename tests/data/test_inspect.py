@@ -1,7 +1,6 @@
 import gc
 import io
 import json
-import os
 import resource
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def test_more_shards_than_files_that_may_be_open(source: Path, tokenizer: Path, 
     build([source], tokenizer, tmp_path / "data", 1, held_out=0.2, shard_tokens=60, progress=False)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     gc.collect()  # what earlier tests left behind holds files
-    largest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    largest = max(int(file.name) for file in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (largest + 30, before[1]))
     try:
         report = inspect(tmp_path / "data")

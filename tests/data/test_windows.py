@@ -1,7 +1,6 @@
 import dataclasses
 import gc
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def few_files() -> Iterator[None]:
     """This process may open 40 files more than it has, and half as many again: more than a quarter of all."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     gc.collect()  # what earlier tests left behind holds files
-    largest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    largest = max(int(file.name) for file in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (largest + largest // 2 + 40, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
