@@ -48,10 +48,10 @@ ROWS = {
 }
 COLUMNS = {
     "loss": "loss",
-    "backward_begins": "backward begins",
-    "backward_ends": "backward ends",
+    "backward_begins": "backward, first",
+    "backward_ends": "last",
     "update": "update",
-    START: "start",
+    START: "start-up",
 }
 WHEN = {
     "loss": "at the loss",
